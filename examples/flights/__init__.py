@@ -1,0 +1,1 @@
+"""A year of flights through a JetStream stream: validated, enriched, counted, shown."""

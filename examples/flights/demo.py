@@ -1,0 +1,192 @@
+"""The demo: a NATS server, the service of main.py, and the flights sent through both.
+
+    python -m examples.flights.demo            # the first 20,000 flights
+    python -m examples.flights.demo --full     # all 336,776
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from examples.flights.data import TOTAL, flights
+from millstream.embedded import EmbeddedNats
+from millstream.nats import JStream, NatsBroker
+
+SHORT = 20_000
+#: Messages on their way to the server at once.
+WINDOW = 500
+#: Seconds without any progress after which something is wrong.
+PATIENCE = 30.0
+
+console = Console()
+
+
+def free_port(preferred: int) -> int:
+    """The preferred port of this machine, or any free one if somebody has it."""
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise OSError("no port is free")
+
+
+class Service:
+    """The service, running in a process of its own."""
+
+    def __init__(self, nats_url: str, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}/"
+        command = [sys.executable, "-m", "millstream", "run", "examples.flights.main:app"]
+        command += ["--port", str(port), "--log-level", "warning"]
+        self.process = subprocess.Popen(command, env={**os.environ, "NATS_URL": nats_url})
+
+    def statistics(self) -> dict[str, Any]:
+        """What the page shows."""
+        with urllib.request.urlopen(self.url + "statistics", timeout=10) as answer:
+            result: dict[str, Any] = msgspec.json.decode(answer.read())
+        return result
+
+    def wait(self) -> None:
+        """Until it answers."""
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                sys.exit(f"The service ended with code {self.process.returncode}.")
+            try:
+                self.statistics()
+            except OSError:
+                time.sleep(0.05)
+            else:
+                return
+        sys.exit("The service does not answer.")
+
+    def stop(self) -> None:
+        """Let it finish what it handles."""
+        self.process.terminate()
+        self.process.wait(30)
+
+
+@contextmanager
+def service(nats_url: str, port: int) -> Iterator[Service]:
+    running = Service(nats_url, port)
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.stop()
+
+
+async def send(nats_url: str, total: int, progress: Progress, bar: TaskID) -> None:
+    """Publish the flights, each confirmed by the server, a window at a time."""
+    records = flights(total)
+    async with NatsBroker(nats_url) as broker:
+        while window := list(islice(records, WINDOW)):
+            await broker.publish_batch(*window, subject="flights.recorded", stream="FLIGHTS")
+            progress.advance(bar, len(window))
+
+
+async def watch(running: Service, total: int, progress: Progress, bar: TaskID) -> dict[str, Any]:
+    """Follow the service until every flight is counted or in the dead letters."""
+    done, since = -1, time.monotonic()
+    while True:
+        statistics = await asyncio.to_thread(running.statistics)
+        now = statistics["counted"] + statistics["broken"]
+        progress.update(bar, completed=now)
+        if now >= total:
+            return statistics
+        if now != done:
+            done, since = now, time.monotonic()
+        elif time.monotonic() - since > PATIENCE:
+            sys.exit(f"Nothing moved for {PATIENCE:.0f} s: {statistics}")
+        await asyncio.sleep(0.2)
+
+
+async def stream(nats_url: str, running: Service, total: int) -> tuple[dict[str, Any], float]:
+    """Send everything and wait until it is handled; the statistics and the seconds it took."""
+    columns = (TextColumn("{task.description:<10}"), BarColumn(40), MofNCompleteColumn())
+    with Progress(*columns, TextColumn("{task.speed:,.0f}/s"), console=console) as progress:
+        sent = progress.add_task("published", total=total)
+        handled = progress.add_task("handled", total=total)
+        start = time.monotonic()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(send(nats_url, total, progress, sent))
+            watching = tasks.create_task(watch(running, total, progress, handled))
+        return watching.result(), time.monotonic() - start
+
+
+def report(statistics: dict[str, Any], total: int, seconds: float) -> bool:
+    """Print the result; whether the counts add up."""
+    enriched, counted, broken = (statistics[k] for k in ("enriched", "counted", "broken"))
+    carriers = sorted(statistics["carriers"].values(), key=lambda c: -int(c["flights"]))
+    table = Table("busiest carriers", "flights", "cancelled", "mean delay", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for carrier in carriers[:5]:
+        figures = carrier["flights"], carrier["cancelled"]
+        table.add_row(carrier["name"], *(f"{n:,}" for n in figures), f"{carrier['mean_delay']:.1f} min")
+    console.print(table)
+    console.print()
+    right = total == counted + broken and counted == sum(c["flights"] for c in carriers)
+    console.print(
+        f"published {total:,} = processed {counted:,} + dead-lettered {broken:,}"
+        f"   {'[green]adds up' if right else '[red]DOES NOT ADD UP'}"
+    )
+    for cause, times in sorted(statistics["causes"].items(), key=lambda item: -item[1]):
+        console.print(f"  {times:,} × {cause}", style="dim")
+    again = statistics["repeated"]
+    console.print(f"enriched {enriched:,}, out of order or delivered twice {again:,}")
+    console.print(f"{seconds:.1f} s, {total / seconds:,.0f} flights a second through three subscribers")
+    return right
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help=f"all {TOTAL:,} flights")
+    parser.add_argument("--flights", type=int, default=SHORT, help="the first so many (%(default)s)")
+    parser.add_argument("--keep", action="store_true", help="keep the page open until Ctrl+C")
+    parser.add_argument("--port", type=int, default=8013, help="of the page (%(default)s)")
+    options = parser.parse_args()
+    total = TOTAL if options.full else min(options.flights, TOTAL)
+    port = free_port(options.port)
+    keep = options.keep or console.is_terminal
+    with (
+        tempfile.TemporaryDirectory(prefix="millstream-") as folder,
+        EmbeddedNats(0, store=Path(folder) / "nats") as nats,
+        service(nats.url, port) as running,
+    ):
+        console.print(f"NATS at {nats.url}; open [bold]{running.url}[/] to watch\n")
+        statistics, seconds = asyncio.run(stream(nats.url, running, total))
+        right = report(statistics, total, seconds)
+        if keep:
+            console.print(f"\nopen [bold]{running.url}[/] for the page; Ctrl+C ends the demo")
+            try:
+                running.process.wait()
+            except KeyboardInterrupt:
+                console.print()
+        else:
+            console.print(f"\nto open the page at {running.url} afterwards: make demo KEEP=1")
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Addresses: templates with ``{placeholders}``, a broker's wildcards, and matching.
+
+A template such as ``orders.{region}.created`` names a pattern in the broker's own syntax
+(``orders.*.created`` on NATS) and tells where each placeholder's value stands in the
+address of an arriving message.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+
+import msgspec
+
+from .errors import AddressError
+
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+
+
+class Address(msgspec.Struct, frozen=True):
+    """A compiled template."""
+
+    template: str
+    #: What the broker is asked for.
+    pattern: str
+    #: Placeholder name → index of its segment.
+    places: Mapping[str, int]
+    separator: str
+    matcher: re.Pattern[str]
+
+    def matches(self, destination: str) -> bool:
+        """Whether a message sent to ``destination`` belongs here."""
+        return self.matcher.fullmatch(destination) is not None
+
+    def extract(self, destination: str) -> dict[str, str]:
+        """The placeholders' values."""
+        segments = destination.split(self.separator)
+        return {name: segments[i] for name, i in self.places.items() if i < len(segments)}
+
+
+class AddressSyntax(msgspec.Struct, frozen=True):
+    """How one kind of broker writes addresses.
+
+    ``one`` matches exactly one segment, ``rest`` all that remain; ``rest_empty`` says
+    whether ``rest`` also matches nothing (MQTT's and RabbitMQ's ``#`` do, NATS's ``>``
+    does not).
+    """
+
+    separator: str = "."
+    one: str = "*"
+    rest: str = ">"
+    rest_empty: bool = False
+
+    def compile(self, template: str) -> Address:
+        """Compile a template.
+
+        Raises:
+            AddressError: a placeholder is not a whole segment, is not an identifier or
+                stands twice, or a ``rest`` wildcard is not the last segment.
+        """
+        return _compile(self, template)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compile(syntax: AddressSyntax, template: str) -> Address:
+    segments = template.split(syntax.separator)
+    separator = re.escape(syntax.separator)
+    pattern: list[str] = []
+    expression = ""
+    places: dict[str, int] = {}
+    for i, segment in enumerate(segments):
+        joint = separator if i else ""
+        if segment == syntax.rest and segment:
+            if i != len(segments) - 1:
+                raise AddressError(
+                    f"{template!r}: {syntax.rest!r} stands before the end",
+                    fix=f"use {syntax.one!r} for a single segment",
+                )
+            some = f"{joint}.*" if syntax.rest_empty else f"{joint}.+"
+            expression += f"(?:{some})?" if syntax.rest_empty else some
+            pattern.append(segment)
+            continue
+        if "{" in segment or "}" in segment:
+            found = _PLACEHOLDER.fullmatch(segment)
+            name = found[1] if found else ""
+            if not name.isidentifier():
+                raise AddressError(
+                    f"{template!r}: {segment!r} is not a placeholder",
+                    fix=f"a placeholder is a whole segment, such as "
+                    f"orders{syntax.separator}{{region}}",
+                )
+            if name in places:
+                raise AddressError(
+                    f"{template!r}: {{{name}}} stands twice", fix="give each placeholder its own name"
+                )
+            places[name] = i
+            segment = syntax.one
+        pattern.append(segment)
+        one = f"[^{separator}]+"
+        expression += joint + (one if segment == syntax.one and segment else re.escape(segment))
+    return Address(
+        template, syntax.separator.join(pattern), places, syntax.separator, re.compile(expression)
+    )

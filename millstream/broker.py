@@ -1,0 +1,588 @@
+"""The broker: a driver, the declarations, and their common life."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, Self, TypedDict, Unpack
+
+import msgspec
+
+from .ack import AckPolicy
+from .clock import Clock, LoopClock
+from .codec import Codec, as_decode_error, decode_any
+from .context import ContextRepo
+from .driver import Driver, PublishCommand, Spec
+from .endpoints import Endpoints, default_scope
+from .errors import (
+    ConnectError,
+    NotConnected,
+    RemoteError,
+    SetupError,
+    SetupErrors,
+    StateError,
+)
+from .log import default_logger, log_line, silent_logger
+from .message import Link, Message
+from .middleware import Send, fold_publish
+from .params import Depends, ParameterSource
+from .plan import AppValues
+from .publisher import Publication, Publisher
+from .retry import DeadLetter, Exponential, Retry
+from .subscriber import Subscriber
+from .subscription import Subscription
+from .types import LoggerLike
+
+_UNSET: Any = msgspec.UNSET
+
+
+class State(enum.Enum):
+    """Where a broker is in its life."""
+
+    NEW = "new"
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    STARTING = "starting"
+    RUNNING = "running"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class BrokerOptions(TypedDict, total=False):
+    """Options of every broker, whatever its kind.
+
+    Keys:
+        codec: how bodies are written; JSON by default.
+        ack_policy: for all subscriptions that do not say otherwise.
+        retry: the same.
+        dead_letter: the same.
+        middlewares: outside those of routers and subscribers.
+        dependencies: run before every handler.
+        routers: included at once.
+        sources: further providers of parameter values.
+        prefix: put before every address.
+        graceful_timeout: seconds that running handlers get to finish at a stop; 15.
+        startup_timeout: seconds to try to reach the broker at start; 30.
+        publish_timeout: seconds a publication waits for a lost connection and for the
+            broker's confirmation; 5.
+        request_timeout: seconds to wait for an answer; 5.
+        logger: what ``Logger`` injects and where the broker logs; None for nothing at all.
+        parser: for all subscriptions that do not say otherwise.
+        decoder: the same.
+        context: values for ``Context``; the application's by default.
+        clock: time, for tests.
+        description: for documents.
+        tags: for documents.
+    """
+
+    codec: Codec | None
+    ack_policy: AckPolicy | None
+    retry: Retry | None
+    dead_letter: DeadLetter | str | None
+    middlewares: Sequence[Any]
+    dependencies: Sequence[Depends]
+    routers: Sequence[Endpoints]
+    sources: Sequence[ParameterSource]
+    prefix: str
+    graceful_timeout: float
+    startup_timeout: float
+    publish_timeout: float
+    request_timeout: float
+    logger: LoggerLike | None
+    parser: Callable[..., Any] | None
+    decoder: Callable[..., Any] | None
+    context: ContextRepo | None
+    clock: Clock | None
+    description: str | None
+    tags: Sequence[Any]
+
+
+class Broker(Endpoints):
+    """Connects a driver with declarations.
+
+    ``connect`` is enough to publish; ``start`` also consumes. ``async with broker`` connects
+    and stops.
+    """
+
+    def __init__(self, driver: Driver, **options: Unpack[BrokerOptions]) -> None:
+        super().__init__(
+            prefix=options.get("prefix", ""),
+            codec=options.get("codec"),
+            ack_policy=options.get("ack_policy"),
+            retry=options.get("retry"),
+            dead_letter=options.get("dead_letter", _UNSET),
+            middlewares=options.get("middlewares", ()),
+            dependencies=options.get("dependencies", ()),
+            routers=options.get("routers", ()),
+            parser=options.get("parser"),
+            decoder=options.get("decoder"),
+        )
+        self.driver = driver
+        self.clock = options.get("clock") or LoopClock()
+        self.context = options.get("context") or ContextRepo()
+        self.sources: list[ParameterSource] = list(options.get("sources", ()))
+        #: Dependency → what stands in for it; changes are noticed while the broker runs.
+        self.dependency_overrides: dict[Any, Any] = {}
+        self.graceful_timeout = options.get("graceful_timeout", 15.0)
+        self.startup_timeout = options.get("startup_timeout", 30.0)
+        self.publish_timeout = options.get("publish_timeout", 5.0)
+        self.request_timeout = options.get("request_timeout", 5.0)
+        self.description, self.tags = options.get("description"), options.get("tags", ())
+        self._logger: Any = options.get("logger", _UNSET)
+        #: The application that runs this broker, if one does.
+        self.app: Any = None
+        #: Called by ``StopApplication``.
+        self.on_stop_application: Callable[[], None] | None = None
+        #: What to do if it never started; said by whoever should have started it.
+        self.hint = ""
+        self.state = State.NEW
+        self.subscriptions: list[Subscription] = []
+        self.publications: list[Publication] = []
+        self.values = AppValues()
+        self.stack = AsyncExitStack()
+        #: Innermost middlewares that a test broker adds.
+        self.test_middlewares: list[Any] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._send: Send | None = None
+        self._ask: Send | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._connection_lost = False
+
+    @property
+    def logger(self) -> LoggerLike:
+        """The logger given, or the application's, or ``millstream.<kind>``."""
+        if self._logger is None:
+            return silent_logger()
+        if self._logger is not msgspec.UNSET:
+            return self._logger  # type: ignore[no-any-return]
+        given = getattr(self.app, "given_logger", None)
+        return given if given is not None else default_logger(self.driver.name)
+
+    @logger.setter
+    def logger(self, logger: LoggerLike | None) -> None:
+        self._logger = logger
+
+    def root(self) -> Broker:
+        return self
+
+    def _changeable(self) -> None:
+        if self.state in (State.STARTING, State.RUNNING):
+            raise StateError(
+                "middlewares are fixed once the broker runs; add them before it starts",
+                state=self.state.value,
+            )
+
+    # Publishing
+
+    def sender(self, codec: Codec | None, middlewares: Sequence[Any]) -> Send:
+        """The way of a command: middlewares, encoding, driver."""
+        return self._way(codec, middlewares, self.driver.publish)
+
+    def requester(self, codec: Codec | None, middlewares: Sequence[Any]) -> Send:
+        """The same for requests; gives the raw answer."""
+        driver, default = self.driver, self.request_timeout
+
+        async def request(command: Any, data: bytes, headers: dict[str, str] | None) -> Any:
+            return await driver.request(command, data, headers, command.timeout or default)
+
+        return self._way(codec, middlewares, request, waits=True)
+
+    def _way(
+        self,
+        codec: Codec | None,
+        middlewares: Sequence[Any],
+        deliver: Callable[[Any, bytes, dict[str, str] | None], Coroutine[Any, Any, Any]],
+        waits: bool = False,
+    ) -> Send:
+        encode = (codec or default_scope(self.codec).codec).encode
+        timeout = self.publish_timeout
+
+        async def send(command: Any) -> Any:
+            data, content_type = encode(command.message)
+            if command.content_type is not None:
+                content_type = command.content_type
+            headers = command.headers
+            if content_type is not None or command.correlation_id is not None:
+                headers = dict(headers) if headers else {}
+                if content_type is not None:
+                    headers["content-type"] = content_type
+                if command.correlation_id is not None:
+                    headers["correlation_id"] = command.correlation_id
+            if command.timeout is None and not waits:
+                command.timeout = timeout
+            return await deliver(command, data, headers)
+
+        return fold_publish((*middlewares, *self.test_middlewares), send, None)
+
+    def _publish(self, command: PublishCommand, /) -> Coroutine[Any, Any, Any]:
+        if self._send is None:
+            raise self._not_connected("publish")
+        return self._send(command)  # type: ignore[return-value]
+
+    def _request(self, command: PublishCommand, /) -> Coroutine[Any, Any, Any]:
+        if self._ask is None:
+            raise self._not_connected("request")
+        return self.answer(self._ask, command, getattr(command, "response_model", None))
+
+    def _not_connected(self, what: str) -> NotConnected:
+        hint = (
+            "it was stopped"
+            if self.state in (State.STOPPED, State.DRAINING, State.FAILED)
+            else self.hint
+            or "connect or start it first: `await broker.connect()`, `async with broker:`, "
+            "or run the application that it belongs to"
+        )
+        return NotConnected(
+            f"cannot {what}: the broker {self.driver.describe()} is not connected ({self.state.value}); {hint}",
+            state=self.state.value,
+            wanted="connected",
+        )
+
+    async def answer(self, ask: Send, command: PublishCommand, response_model: Any = None) -> Any:
+        """Send a request; a Message, or its body as ``response_model``.
+
+        Raises:
+            RequestTimeout: no answer in time.
+            NoResponders: nobody listens.
+            RemoteError: the handler on the other side failed.
+            DecodeError: the answer is not a ``response_model``.
+        """
+        raw = await ask(command)
+        link = Link(self.driver, None)
+        codec = default_scope(self.codec).codec
+        link.decode = self.reader_of(codec)
+        message: Message[Any] = self.driver.reply_envelope()(raw, link)
+        kind = message.headers.get("ms-error-type")
+        if kind is not None:
+            raise RemoteError(kind, message.headers.get("ms-error", ""))
+        if response_model is None:
+            return message
+        try:
+            return codec.decoder(response_model)(message.body)
+        except Exception as error:
+            raise as_decode_error(error, "the answer") from error
+
+    def reader_of(self, codec: Codec | None) -> Callable[[Message[Any]], Any]:
+        """Decodes a message by its content type."""
+        used = codec or default_scope(self.codec).codec
+
+        def read(message: Message[Any]) -> Any:
+            try:
+                return decode_any(used, message.body, message.content_type)
+            except Exception as error:
+                raise as_decode_error(error, "the body") from error
+
+        return read
+
+    async def publish_batch(self, *messages: Any, **options: Any) -> list[Any]:
+        """Publish several messages to one address; ``options`` as for ``publish``.
+
+        They are sent without waiting for each other's confirmation, and in order. Returns the
+        receipts in the order of the messages.
+
+        Raises:
+            ExceptionGroup: some failed; the others are published.
+        """
+        if self._send is None:
+            raise self._not_connected("publish")
+        send, command = self._send, self.driver.command
+        results: list[Any] = []
+        for start in range(0, len(messages), 500):
+            results += await asyncio.gather(
+                *(send(command(message=m, **options)) for m in messages[start : start + 500]),
+                return_exceptions=True,
+            )
+        errors = [r for r in results if isinstance(r, Exception)]
+        if errors:
+            raise ExceptionGroup(f"{len(errors)} of {len(messages)} messages were not published", errors)
+        return results
+
+    # Declarations
+
+    def bind(self) -> None:
+        """Give every declared publisher its way to send; idempotent."""
+        scope = default_scope(self.codec)
+        own = self.inherited(scope)
+        self._send = self.sender(own.codec, own.middlewares)
+        self._ask = self.requester(own.codec, own.middlewares)
+        self.publications = []
+        errors: list[SetupError] = []
+        for declaration, inside in list(self.walk(scope)):
+            if isinstance(declaration, Publisher):
+                declaration.publications = [p for p in declaration.publications if p.broker is not self]
+        for declaration, inside in self.walk(scope):
+            if not isinstance(declaration, Publisher):
+                continue
+            spec = declaration.spec.prefixed(inside.prefix) if inside.prefix else declaration.spec
+            try:
+                spec.check()
+            except SetupError as error:
+                errors.append(error)
+                continue
+            publication = Publication(declaration, spec, inside, self)
+            declaration.publications.append(publication)
+            self.publications.append(publication)
+        _raise(errors)
+
+    def compile(self) -> None:
+        """Compile all handlers, without a connection; finds everything that is wrong.
+
+        Raises:
+            SetupError: one declaration is wrong.
+            SetupErrors: several are.
+        """
+        errors: list[SetupError] = []
+        try:
+            self.bind()
+        except SetupError as error:
+            errors.append(error)
+        self.subscriptions = []
+        for declaration, scope in self.walk(default_scope(self.codec)):
+            if isinstance(declaration, Subscriber):
+                declaration.running = [s for s in declaration.running if s.broker is not self]
+                if not declaration.entries:
+                    continue  # to be read from, or to get its handler later
+                subscription = Subscription(declaration, scope, self)
+                try:
+                    subscription.compile()
+                except SetupError as error:
+                    errors.append(error)
+                    continue
+                if declaration.spec.persistent:
+                    self.subscriptions.append(subscription)
+        _raise(errors)
+
+    def specs(self) -> list[Spec]:
+        """All declarations with their prefixes, as the driver declares them."""
+        return [s.spec for s in self.subscriptions] + [p.spec for p in self.publications]
+
+    # Life
+
+    async def connect(self) -> Self:
+        """Connect, and try again for ``startup_timeout`` seconds.
+
+        Raises:
+            ConnectError: the broker was not reached, or did not let us in.
+        """
+        if self.state not in (State.NEW, State.STOPPED, State.FAILED):
+            return self
+        self.state = State.CONNECTING
+        self.driver.notify = self._notified
+        self.driver.clock = self.clock
+        try:
+            await self._connect_in_time()
+            self.bind()
+        except BaseException:
+            self.state = State.FAILED
+            await self._close_driver()
+            raise
+        self.state = State.CONNECTED
+        self._connection_lost = False
+        return self
+
+    async def _connect_in_time(self) -> None:
+        backoff = Exponential(0.5, cap=5.0)
+        deadline = self.clock.now() + self.startup_timeout
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                await self.driver.connect()
+                return
+            except ConnectError as error:
+                delay = backoff(attempt)
+                left = deadline - self.clock.now()
+                if error.permanent or delay >= left:
+                    raise
+                log_line(self.logger, "warning", f"{error}; next try in {delay:.1f} s ({left:.0f} s left)")
+                await self.clock.sleep(delay)
+
+    async def start(self) -> None:
+        """Connect, compile, declare what is needed and consume.
+
+        Raises:
+            ConnectError: as ``connect``.
+            SetupError: a declaration is wrong.
+        """
+        if self.state in (State.STARTING, State.RUNNING):
+            return
+        await self.connect()
+        self.state = State.STARTING
+        try:
+            self.compile()
+            await self.values.open(self.stack)
+            await self.driver.declare(self.specs())
+            for subscription in self.subscriptions:
+                await subscription.start()
+                subscription.subscriber.running.append(subscription)
+        except BaseException:
+            await self._shut(State.FAILED)
+            raise
+        self.state = State.RUNNING
+        log_line(
+            self.logger, "debug", f"{self.driver.describe()}: {len(self.subscriptions)} subscriptions run"
+        )
+
+    async def stop(self, *exc: object) -> None:
+        """Drain and disconnect; safe to call again."""
+        if self.state in (State.NEW, State.STOPPED, State.FAILED):
+            return
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._shut(State.STOPPED))
+        try:
+            await asyncio.shield(self._stopping)
+        finally:
+            if self._stopping is not None and self._stopping.done():
+                self._stopping = None
+
+    async def drain(self) -> None:
+        """Stop consuming: no new messages, running handlers finish; publishing goes on."""
+        if self.state is not State.RUNNING:
+            return
+        self.state = State.DRAINING
+        deadline = self.clock.now() + self.graceful_timeout
+        await asyncio.gather(
+            *(s.stop(deadline) for s in self.subscriptions), return_exceptions=True
+        )
+        self.state = State.CONNECTED
+
+    def hurry(self) -> None:
+        """End a running drain now: what still runs is cancelled and handed back."""
+        for subscription in self.subscriptions:
+            subscription.hurry()
+
+    async def _shut(self, last: State) -> None:
+        """Drain all subscriptions at once, then close; ``last`` is the state afterwards."""
+        self.state = State.DRAINING
+        deadline = self.clock.now() + self.graceful_timeout
+        stopped = self.subscriptions
+        await asyncio.gather(*(s.stop(deadline) for s in stopped), return_exceptions=True)
+        finished, returned = sum(s.finished for s in stopped), sum(s.returned for s in stopped)
+        if stopped and last is State.STOPPED:
+            log_line(self.logger, "info", f"{self.driver.describe()}: finished {finished}, returned {returned}")
+        for task in list(self._tasks):
+            task.cancel()
+        await self._close_driver()
+        await self.stack.aclose()
+        self._send = self._ask = None
+        for subscription in stopped:
+            if subscription in subscription.subscriber.running:
+                subscription.subscriber.running.remove(subscription)
+        self.state = last
+
+    async def _close_driver(self) -> None:
+        try:
+            async with asyncio.timeout(5):
+                await self.driver.close()
+        except Exception as error:
+            log_line(self.logger, "warning", f"{self.driver.describe()}: closing: {type(error).__name__}: {error}")
+
+    async def __aenter__(self) -> Self:
+        return await self.connect()
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+    async def ping(self, timeout: float = 5.0) -> bool:
+        """Whether the broker answers within ``timeout`` seconds."""
+        if self._send is None:
+            return False
+        return await self.driver.ping(timeout)
+
+    def _notified(self, event: str, reason: str) -> None:
+        """One line for each change of the connection."""
+        where = self.driver.describe()
+        if event == "disconnected" and not self._connection_lost:
+            self._connection_lost = True
+            if self.state not in (State.DRAINING, State.STOPPED):
+                log_line(self.logger, "warning", f"{where}: connection lost: {reason}")
+        elif event == "reconnected":
+            self._connection_lost = False
+            log_line(self.logger, "info", f"{where}: connected again")
+        elif event == "error":
+            log_line(self.logger, "warning", f"{where}: {reason}")
+        elif event == "closed" and self.state in (State.RUNNING, State.STARTING, State.CONNECTED):
+            self.state = State.FAILED
+            log_line(self.logger, "error", f"{where}: connection closed for good: {reason}")
+            self.stop_application()
+
+    # Late subscriptions
+
+    async def start_subscriber(self, subscriber: Subscriber) -> None:
+        """Start one subscriber of a running broker; see :meth:`Subscriber.start`."""
+        if self._send is None:
+            raise self._not_connected("subscribe")
+        if any(s.broker is self for s in subscriber.running):
+            return
+        if not subscriber.entries:
+            raise StateError(f"the subscription of {subscriber.spec.destination!r} has no handler")
+        self.bind()
+        started: list[Subscription] = []
+        for declaration, scope in self.walk(default_scope(self.codec)):
+            if declaration is subscriber:
+                subscription = Subscription(subscriber, scope, self)
+                subscription.compile()
+                started.append(subscription)
+        await self.values.open(self.stack)
+        await self.driver.declare([s.spec for s in started])
+        for subscription in started:
+            await subscription.start()
+            subscriber.running.append(subscription)
+            self.subscriptions.append(subscription)
+
+    async def stop_subscriber(self, subscriber: Subscriber) -> None:
+        """Stop one subscriber; see :meth:`Subscriber.stop`."""
+        deadline = self.clock.now() + self.graceful_timeout
+        for subscription in [s for s in subscriber.running if s.broker is self]:
+            await subscription.stop(deadline)
+            subscriber.running.remove(subscription)
+            if subscription in self.subscriptions:
+                self.subscriptions.remove(subscription)
+
+    async def open_reader(self, subscriber: Subscriber) -> Subscription:
+        """Open a subscription that is read from; see :meth:`Subscriber.get_one`."""
+        if self._send is None:
+            raise self._not_connected("read")
+        for declaration, scope in self.walk(default_scope(self.codec)):
+            if declaration is subscriber:
+                subscription = Subscription(subscriber, scope, self)
+                await self.driver.declare([subscription.spec])
+                await subscription.open_reader()
+                self.subscriptions.append(subscription)
+                return subscription
+        raise StateError(f"the subscription of {subscriber.spec.destination!r} is in no broker")
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run something beside the messages; cancelled at the end of the drain."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def stop_application(self) -> None:
+        """End the application that runs this broker, or the broker itself."""
+        if self.on_stop_application is not None:
+            self.on_stop_application()
+        else:
+            self.spawn(self.stop())
+
+    def health(self) -> dict[str, Any]:
+        """State and progress of the broker and of each subscription."""
+        return {
+            "broker": self.driver.describe(),
+            "state": self.state.value,
+            "connected": self._send is not None and not self._connection_lost,
+            "subscriptions": [s.health() for s in self.subscriptions],
+        }
+
+
+def _raise(errors: list[SetupError]) -> None:
+    flat: list[SetupError] = []
+    for error in errors:
+        flat.extend(error.errors if isinstance(error, SetupErrors) else [error])
+    if len(flat) == 1:
+        raise flat[0]
+    if flat:
+        raise SetupErrors(flat)

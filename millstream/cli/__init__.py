@@ -1,0 +1,1 @@
+"""The command ``millstream``. Nothing here is imported by ``import millstream``."""

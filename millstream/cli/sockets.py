@@ -1,0 +1,79 @@
+"""The listening socket of HTTP targets."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+
+from ..errors import MillstreamError
+
+
+class BindError(MillstreamError):
+    """The address cannot be listened on."""
+
+    code = "MS502"
+
+
+def listen(host: str, port: int, uds: str | None = None) -> socket.socket:
+    """A socket that listens on a TCP port or, with ``uds``, at the path of a Unix socket.
+
+    Raises:
+        BindError: the address is in use, not allowed, or not of this machine.
+    """
+    if uds:
+        return _listen_unix(uds)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, OverflowError) as error:
+        raise BindError(f"--host {host}: no such address ({error})") from None
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(2048)
+    except OSError as error:
+        sock.close()
+        reasons = {
+            errno.EADDRINUSE: "is in use; choose another with --port",
+            errno.EACCES: "is not allowed for this user; choose a port above 1023 with --port",
+            errno.EADDRNOTAVAIL: "is no address of this machine; choose another with --host",
+        }
+        reason = reasons.get(error.errno or 0, f"cannot be used: {error.strerror}")
+        raise BindError(f"{host}:{port} {reason}") from None
+    return sock
+
+
+def _listen_unix(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path):
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise BindError(f"--uds {path}: exists and is no socket")
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(path)
+                raise BindError(f"--uds {path}: is in use")
+            os.unlink(path)  # left behind by a process that was killed
+        sock.bind(path)
+        os.chmod(path, 0o666)  # as uvicorn does: a proxy of another user has to reach it
+        sock.listen(2048)
+    except OSError as error:
+        sock.close()
+        raise BindError(f"--uds {path}: {error.strerror or error}") from None
+    except BindError:
+        sock.close()
+        raise
+    return sock
+
+
+def url_of(sock: socket.socket, scheme: str = "http") -> str:
+    """Where people reach the socket; an address that means "all" is shown as loopback."""
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{sock.getsockname()}"
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"{scheme}://{host}:{port}"

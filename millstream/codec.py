@@ -1,0 +1,269 @@
+"""Bodies to values and back.
+
+A decoder is made once for a handler's annotation and is the cheapest callable that does
+the work: the identity for ``bytes``, a C decoder of msgspec for Structs, dataclasses,
+TypedDicts and builtins, pydantic's validator on the bytes where a pydantic type occurs.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types as pytypes
+import typing
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from .errors import DecodeError, EncodeError, SetupError
+
+Decode = Callable[[Any], Any]
+
+
+class Codec(Protocol):
+    """How bodies are written.
+
+    ``content_type`` is sent as a header with every body that is not plain JSON, text or
+    bytes, and tells the codec's own bodies apart where an annotation leaves the choice.
+    """
+
+    content_type: str
+
+    def decoder(self, type_: Any, /) -> Decode:
+        """A function from bytes to a value of ``type_``; any exception of it is a decode error."""
+
+    def encode(self, value: Any, /) -> tuple[bytes, str | None]:
+        """The bytes of a value and the content type to announce, if any.
+
+        Raises:
+            EncodeError: there is no such representation.
+        """
+
+
+def _plain(value: Any) -> tuple[bytes, str | None] | None:
+    """The encoding of values that look the same in every codec."""
+    kind = type(value)
+    if kind is bytes:
+        return value, None
+    if kind is str:
+        return value.encode(), "text/plain"
+    if value is None:
+        return b"", None
+    if kind is bytearray or kind is memoryview:
+        return bytes(value), None
+    return None
+
+
+def _text(data: bytes) -> str:
+    return data.decode()
+
+
+def _identity(data: Any) -> Any:
+    return data
+
+
+def uses_pydantic(type_: Any) -> bool:
+    """Whether a type has to be validated by pydantic: a model, or metadata of its ``Field``."""
+    if "pydantic" not in sys.modules:
+        return False
+    if isinstance(type_, type) and hasattr(type_, "__pydantic_core_schema__"):
+        return True
+    if typing.get_origin(type_) is typing.Annotated:
+        base, *extras = typing.get_args(type_)
+        return uses_pydantic(base) or any(
+            type(extra).__module__.partition(".")[0] in ("pydantic", "annotated_types")
+            for extra in extras
+        )
+    return any(uses_pydantic(arg) for arg in typing.get_args(type_))
+
+
+@functools.lru_cache(maxsize=1024)
+def _adapter(type_: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(type_)
+
+
+def _custom(type_: Any, value: Any) -> Any:
+    """msgspec's hook for types it does not know inside types it does."""
+    if uses_pydantic(type_):
+        return _adapter(type_).validate_python(value)
+    if isinstance(type_, type) and isinstance(value, type_):
+        return value
+    raise TypeError(f"cannot make {type_!r} from {type(value).__name__}")
+
+
+def _reduce(value: Any) -> Any:
+    """msgspec's hook to encode types it does not know."""
+    if hasattr(type(value), "__pydantic_serializer__"):
+        return _adapter(type(value)).dump_python(value, mode="json", by_alias=True)
+    raise TypeError(f"{type(value).__name__} has no representation")
+
+
+def _reduce_json(value: Any) -> Any:
+    if hasattr(type(value), "__pydantic_serializer__"):
+        return msgspec.Raw(_adapter(type(value)).dump_json(value, by_alias=True))
+    raise TypeError(f"{type(value).__name__} has no JSON representation")
+
+
+def converter(type_: Any) -> Decode:
+    """A function that turns builtins (or a string) into ``type_``; the identity for Any."""
+    if type_ is Any or type_ is object:
+        return _identity
+    if uses_pydantic(type_):
+        return typing.cast("Decode", _adapter(type_).validate_python)
+    _supported(type_)
+
+    def convert(value: Any) -> Any:
+        if type(value) is type_:
+            return value
+        return msgspec.convert(value, type_, strict=False, dec_hook=_custom)
+
+    return convert
+
+
+def _supported(type_: Any) -> None:
+    """Raise a SetupError for a type that no decoder can be made for."""
+    try:
+        msgspec.json.Decoder(type_)
+    except (TypeError, RecursionError) as error:
+        raise SetupError(f"no decoder can be made for {show_type(type_)}: {error}") from error
+
+
+class JSON:
+    """JSON by msgspec, pydantic's models by pydantic; ``bytes`` and ``str`` as they are."""
+
+    content_type = "application/json"
+
+    def __init__(self) -> None:
+        self._encode = msgspec.json.Encoder(enc_hook=_reduce_json).encode
+
+    def decoder(self, type_: Any, /) -> Decode:
+        if type_ is bytes:
+            return _identity
+        if type_ is str:
+            return _text
+        if uses_pydantic(type_):
+            return typing.cast("Decode", _adapter(type_).validator.validate_json)
+        _supported(type_)
+        return msgspec.json.Decoder(type_, dec_hook=_custom).decode
+
+    def encode(self, value: Any, /) -> tuple[bytes, str | None]:
+        plain = _plain(value)
+        if plain is not None:
+            return plain
+        try:
+            return self._encode(value), None
+        except (TypeError, ValueError) as error:
+            raise EncodeError(f"{type(value).__name__} cannot be written as JSON: {error}") from error
+
+
+class MsgPack:
+    """MessagePack by msgspec; ``bytes`` and ``str`` as they are."""
+
+    content_type = "application/msgpack"
+
+    def __init__(self) -> None:
+        self._encode = msgspec.msgpack.Encoder(enc_hook=_reduce).encode
+
+    def decoder(self, type_: Any, /) -> Decode:
+        if type_ is bytes:
+            return _identity
+        if type_ is str:
+            return _text
+        if uses_pydantic(type_):
+            unpack, validate = msgspec.msgpack.Decoder().decode, _adapter(type_).validate_python
+            return lambda data: validate(unpack(data))
+        _supported(type_)
+        return msgspec.msgpack.Decoder(type_, dec_hook=_custom).decode
+
+    def encode(self, value: Any, /) -> tuple[bytes, str | None]:
+        plain = _plain(value)
+        if plain is not None:
+            return plain
+        try:
+            return self._encode(value), self.content_type
+        except (TypeError, ValueError) as error:
+            raise EncodeError(
+                f"{type(value).__name__} cannot be written as MessagePack: {error}"
+            ) from error
+
+
+class Raw:
+    """No codec: bodies are bytes (or text) on both sides."""
+
+    content_type = "application/octet-stream"
+
+    def decoder(self, type_: Any, /) -> Decode:
+        if type_ is str:
+            return _text
+        if type_ in (bytes, Any, object):
+            return _identity
+        raise SetupError(
+            f"the Raw codec cannot make {show_type(type_)}", fix="annotate the body as bytes or str"
+        )
+
+    def encode(self, value: Any, /) -> tuple[bytes, str | None]:
+        plain = _plain(value)
+        if plain is None:
+            raise EncodeError(f"the Raw codec takes bytes, str or None, not {type(value).__name__}")
+        return plain
+
+
+def decode_any(codec: Codec, data: bytes, content_type: str | None) -> Any:
+    """Decode where the handler leaves the type open: by content type, else by trying.
+
+    Without a content type, what is not the codec's format is text, and what is not text is
+    bytes.
+    """
+    if content_type is not None:
+        if content_type.startswith("text/"):
+            return data.decode()
+        if content_type.startswith("application/octet-stream"):
+            return data
+        if content_type.startswith(codec.content_type):
+            return codec.decoder(Any)(data)
+        if content_type.startswith("application/json"):
+            return msgspec.json.decode(data)
+        return data
+    if not data:
+        return None
+    try:
+        return codec.decoder(Any)(data)
+    except Exception:  # any failure means "not this format"
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return data
+
+
+def as_decode_error(error: Exception, what: str) -> DecodeError:
+    """A decoder's exception with its path, expected and got; ``what`` names the value."""
+    if isinstance(error, DecodeError):
+        return error
+    if hasattr(error, "errors") and callable(error.errors):  # pydantic's ValidationError
+        first = error.errors(include_url=False, include_context=False)[0]
+        path = "$" + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"])
+        text = f"{what}: {first['msg']} at {path}"
+        if len(error.errors()) > 1:
+            text += f" (and {len(error.errors()) - 1} more)"
+        return DecodeError(
+            text, path=path, expected=str(first["type"]), got=repr(first["input"])[:200]
+        )
+    text = str(error)
+    head, _, tail = text.partition(" - at ")
+    path = tail.strip("`") if tail else "$"
+    expected, got = "", ""
+    if head.startswith("Expected "):
+        expected, _, got = head.removeprefix("Expected ").partition(", got ")
+    return DecodeError(
+        f"{what}: {text}", path=path, expected=expected.strip("`"), got=got.strip("`")
+    )
+
+
+def show_type(type_: Any) -> str:
+    """A type as people write it."""
+    if isinstance(type_, type) and not isinstance(type_, pytypes.GenericAlias):
+        return type_.__qualname__
+    return str(type_).replace("typing.", "")

@@ -1,0 +1,323 @@
+"""The contract that a broker's driver fills, and the values that pass through it.
+
+A driver turns declarations into client calls and hands raw messages to a sink. It knows
+nothing of handlers, decoding, retries, logging or tests: those are written once, in the
+core, for every broker.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+import msgspec
+
+from .ack import AckPolicy, Settlement
+from .address import AddressSyntax
+from .clock import Clock
+from .codec import Codec
+from .message import Message
+from .middleware import Middleware
+from .params import Depends
+from .retry import DeadLetter, Retry
+
+
+
+
+class Capability(enum.Flag):
+    """What a source (one subscription of a broker) can do."""
+
+    NOTHING = 0
+    #: Messages are settled; an unsettled one is delivered again, so at-least-once is possible.
+    ACK = enum.auto()
+    #: A redelivery can be asked for.
+    NACK = enum.auto()
+    #: A redelivery can be asked for after a delay.
+    NACK_DELAY = enum.auto()
+    #: A message can be discarded with the broker knowing it.
+    REJECT = enum.auto()
+    #: The ack deadline of a running message can be pushed back.
+    TOUCH = enum.auto()
+    #: The broker counts deliveries of a message.
+    DELIVERY_COUNT = enum.auto()
+    #: Messages carry headers.
+    HEADERS = enum.auto()
+    #: A request can be answered.
+    REPLY = enum.auto()
+    #: Several consumers can share one source (queue groups, durable consumers).
+    GROUPS = enum.auto()
+    #: Messages outlive the processes that read them.
+    PERSISTENT = enum.auto()
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """Hand a handler lists: up to ``size`` messages, at most ``wait`` seconds after the first."""
+
+    size: int = 100
+    wait: float = 0.2
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True):
+    """What every declaration can say about itself.
+
+    Fields:
+        title: a name for documents; the handler's name by default.
+        description: a text for documents; the handler's docstring by default.
+        include_in_schema: whether documents show it.
+    """
+
+    title: str | None = None
+    description: str | None = None
+    include_in_schema: bool = True
+
+    def prefixed(self, prefix: str) -> Self:
+        """The same declaration under a router's prefix."""
+        raise NotImplementedError
+
+    @property
+    def destination(self) -> str:
+        """The address as it was declared, with its placeholders."""
+        raise NotImplementedError
+
+
+class SubscriptionSpec(Spec, frozen=True, kw_only=True):
+    """Options of every subscription, whatever the broker.
+
+    Fields:
+        ack_policy: when a message counts as handled; the router's, then the broker's, then
+            RETRY where the source can redeliver.
+        retry: what an error leads to under the RETRY policy.
+        dead_letter: where messages go that cannot be handled: an address, a
+            :class:`DeadLetter`, or None for nowhere.
+        concurrency: how many messages are handled at once; 1 keeps their order.
+        max_workers: the same under the name of other frameworks.
+        ordered_by: keeps order per key while ``concurrency`` messages run: a header's name
+            (``"header:tenant"``), a field of the body (``"carrier"``) or a function of the
+            message.
+        batch: hand the handler lists.
+        handler_timeout: seconds a handler may run before it is cancelled and counts as failed.
+        inline: run a plain ``def`` handler on the event loop instead of in a thread.
+        no_reply: never answer, even if the message asks for a reply.
+        persistent: start with the broker; otherwise by ``await subscriber.start()``.
+        codec: how bodies are decoded and results encoded.
+        parser: ``(raw, original)`` → Message, instead of the driver's own envelope.
+        decoder: ``(message[, original])`` → the decoded body.
+        dependencies: run before the handler for their side effects.
+        middlewares: wrapped around the handler, inside the router's and the broker's.
+    """
+
+    ack_policy: AckPolicy | None = None
+    retry: Retry | None = None
+    dead_letter: DeadLetter | str | None | msgspec.UnsetType = msgspec.UNSET
+    concurrency: int = 1
+    max_workers: int | None = None
+    ordered_by: str | Callable[[Message[Any]], Hashable] | None = None
+    batch: Batch | None = None
+    handler_timeout: float | None = None
+    inline: bool = False
+    no_reply: bool = False
+    persistent: bool = True
+    codec: Codec | None = None
+    parser: Callable[..., Any] | None = None
+    decoder: Callable[..., Any] | None = None
+    dependencies: Sequence[Depends] = ()
+    middlewares: Sequence[Middleware | Callable[..., Any]] = ()
+
+    @property
+    def envelope(self) -> type[Message[Any]]:
+        """The class that wraps this source's raw messages."""
+        raise NotImplementedError
+
+    @property
+    def capabilities(self) -> Capability:
+        """What this source can do."""
+        raise NotImplementedError
+
+    @property
+    def guarantee(self) -> str:
+        """``at-least-once`` or ``at-most-once``, for people."""
+        if Capability.ACK not in self.capabilities or self.ack_policy is AckPolicy.ACK_FIRST:
+            return "at-most-once"
+        return "at-least-once"
+
+    @property
+    def ack_wait(self) -> float | None:
+        """Seconds until the broker delivers an unsettled message again; None for never."""
+        return None
+
+    @property
+    def lanes(self) -> int:
+        """How many messages run at once."""
+        return self.max_workers or self.concurrency
+
+    @property
+    def prefetch(self) -> int:
+        """How many messages a driver should hold ready: enough to keep every lane busy."""
+        if self.batch is not None:
+            return max(self.batch.size * 2, 1)
+        return max(self.lanes * 2, 1)
+
+    def check(self) -> None:
+        """Raise a :class:`SetupError` for options that contradict each other."""
+
+
+class PublicationSpec(Spec, frozen=True, kw_only=True):
+    """Options of every declared publication.
+
+    Fields:
+        headers: sent with each message.
+        reply_to: the address where answers are wanted.
+        schema: the type of the messages, where the handler's return annotation does not say it.
+        codec: how messages are encoded.
+        middlewares: wrapped around each publication, inside the router's and the broker's.
+    """
+
+    headers: Mapping[str, str] | None = None
+    reply_to: str = ""
+    schema: Any = None
+    codec: Codec | None = None
+    middlewares: Sequence[Middleware | Callable[..., Any]] = ()
+
+    def check(self) -> None:
+        """Raise a :class:`SetupError` for options that contradict each other."""
+
+
+class PublishCommand(msgspec.Struct, kw_only=True):
+    """One message to be published: the arguments of ``publish``, as middlewares see them.
+
+    A broker's own command adds ``message`` and the address as positional fields, under the
+    name the broker uses (``subject``, ``topic``, ``queue`` …).
+
+    Fields:
+        headers: metadata in the broker's own headers.
+        reply_to: where the answer is wanted.
+        correlation_id: ties an answer or a consequence to its cause.
+        content_type: overrides the codec's.
+        timeout: seconds to wait for a lost connection to come back and for the broker's
+            confirmation; None means the broker's ``publish_timeout``.
+    """
+
+    headers: dict[str, str] | None = None
+    reply_to: str = ""
+    correlation_id: str | None = None
+    content_type: str | None = None
+    timeout: float | None = None
+
+    # Subclasses declare the field `message: Any = None` and the address.
+    if TYPE_CHECKING:
+        message: Any = None
+
+    @property
+    def destination(self) -> str:
+        """Where the message goes."""
+        raise NotImplementedError
+
+    @destination.setter
+    def destination(self, value: str) -> None:
+        raise NotImplementedError
+
+    @property
+    def body(self) -> Any:
+        """The message before encoding."""
+        return self.message
+
+    @body.setter
+    def body(self, value: Any) -> None:
+        self.message = value
+
+
+#: Takes one raw message; the driver awaits it, and that wait is the back-pressure.
+Sink = Callable[[Any], Awaitable[None]]
+
+
+class Intake(Protocol):
+    """One live subscription, as its driver runs it."""
+
+    async def pause(self) -> int:
+        """Stop taking messages.
+
+        Once it returns the sink gets no further message. Messages that were fetched but not
+        given to the sink are handed back to the broker at once where the source can settle,
+        and are given to the sink first where it cannot. Returns how many were handed back.
+        """
+
+    async def close(self) -> None:
+        """Free what the subscription holds and cancel the sink call that still runs."""
+
+    async def settle(self, raw: Any, how: Settlement, delay: float | None, /, **options: Any) -> None:
+        """Tell the broker what became of a message; ``delay`` (seconds) belongs to NACK."""
+
+    async def touch(self, raw: Any, /) -> None:
+        """Push back the ack deadline of a message that still runs."""
+
+
+class Driver(Protocol):
+    """One connection to one broker."""
+
+    #: Short name: loggers, documents, messages for people.
+    name: ClassVar[str]
+    syntax: ClassVar[AddressSyntax]
+    #: The command class of this broker's ``publish``.
+    command: ClassVar[type[PublishCommand]]
+    #: How the names of the broker's own control headers begin: never copied to another message.
+    control_headers: ClassVar[str]
+    #: Set by the broker before ``connect``: called with "disconnected", "reconnected",
+    #: "closed" or "error" and a short reason.
+    notify: Callable[[str, str], None]
+    clock: Clock
+
+    def describe(self) -> str:
+        """The broker's address, without any password."""
+
+    async def connect(self) -> None:
+        """Connect, in one attempt; afterwards a lost connection comes back by itself.
+
+        Raises:
+            ConnectError: not reached or not let in; ``permanent`` where a retry cannot help.
+        """
+
+    async def close(self) -> None:
+        """Flush what ``publish`` accepted, then disconnect."""
+
+    async def ping(self, timeout: float) -> bool:
+        """Whether the broker answers within ``timeout`` seconds."""
+
+    async def declare(self, specs: Sequence[Spec]) -> None:
+        """Create or check what all declarations need (streams, queues, groups); idempotent."""
+
+    async def subscribe(
+        self, spec: SubscriptionSpec, sink: Sink, lost: Callable[[Exception], None]
+    ) -> Intake:
+        """Start to deliver; ``lost`` is called once if the subscription dies and cannot heal."""
+
+    async def publish(self, command: Any, data: bytes, headers: dict[str, str] | None) -> Any:
+        """Send encoded bytes; returns the broker's receipt (None where it gives none).
+
+        Raises:
+            NotConnected: the connection did not come back within the timeout.
+            PublishTimeout: no confirmation came within the timeout.
+            MessageTooLarge: over the broker's maximum.
+            PublishError: refused for another reason.
+        """
+
+    async def request(
+        self, command: Any, data: bytes, headers: dict[str, str] | None, timeout: float
+    ) -> Any:
+        """Send a request and return the raw reply.
+
+        Raises:
+            RequestTimeout: no reply in time.
+            NoResponders: nobody listens.
+            NotConnected: the connection did not come back within the timeout.
+        """
+
+    def reply_envelope(self) -> type[Message[Any]]:
+        """The class that wraps raw replies."""
+
+    async def dead_letter(self, spec: SubscriptionSpec, name: str | None) -> str:
+        """The address of a subscription's dead letters, made ready to take them.
+
+        ``name`` is the one the user gave; None means the default, ``{source}.dlq``. What is
+        stored there must outlive this process where the source itself does.
+        """

@@ -1,0 +1,405 @@
+"""The surface where handlers and publishers are declared, shared by brokers and routers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, overload
+
+import msgspec
+
+from .ack import AckPolicy
+from .codec import JSON, Codec
+from .driver import PublicationSpec, PublishCommand, SubscriptionSpec
+from .errors import SetupError, StateError
+from .params import Depends
+from .publisher import Publisher
+from .retry import DeadLetter, Retry
+from .subscriber import Subscriber
+
+if TYPE_CHECKING:
+    from .broker import Broker
+
+P = ParamSpec("P")
+
+
+class _Declares(Protocol):
+    def _subscribe(self, spec: SubscriptionSpec, /) -> Subscriber: ...
+    def _produce(self, spec: PublicationSpec, /) -> Publisher: ...
+
+
+class _Sends(Protocol):
+    def _publish(self, command: PublishCommand, /) -> Coroutine[Any, Any, Any]: ...
+    def _request(self, command: PublishCommand, /) -> Coroutine[Any, Any, Any]: ...
+
+
+class _Method(Generic[P]):
+    """A method whose signature is that of an options class, written nowhere else."""
+
+    def __init__(self, options: Callable[P, Any]) -> None:
+        self.options = options
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def bound(self, obj: Any, call: Callable[..., Any]) -> Any:
+        call.__name__ = self.name
+        call.__qualname__ = f"{type(obj).__qualname__}.{self.name}"
+        call.__doc__ = self.options.__doc__
+        call.__wrapped__ = self.options  # type: ignore[attr-defined]  # inspect finds the signature
+        obj.__dict__[self.name] = call  # found before this descriptor from now on
+        return call
+
+
+class declares(_Method[P]):  # noqa: N801 (used like a decorator)
+    """``subscriber = declares(Spec)``: takes the Spec's arguments, gives a Subscriber."""
+
+    @overload
+    def __get__(self, obj: None, owner: type) -> declares[P]: ...
+    @overload
+    def __get__(self, obj: _Declares, owner: type) -> Callable[P, Subscriber]: ...
+    def __get__(self, obj: _Declares | None, owner: type) -> Any:
+        if obj is None:
+            return self
+        options, declare = self.options, obj
+
+        def subscriber(*args: Any, **kwargs: Any) -> Subscriber:
+            return declare._subscribe(make(options, args, kwargs))
+
+        return self.bound(obj, subscriber)
+
+
+class produces(_Method[P]):  # noqa: N801
+    """``publisher = produces(Spec)``: takes the Spec's arguments, gives a Publisher."""
+
+    @overload
+    def __get__(self, obj: None, owner: type) -> produces[P]: ...
+    @overload
+    def __get__(self, obj: _Declares, owner: type) -> Callable[P, Publisher]: ...
+    def __get__(self, obj: _Declares | None, owner: type) -> Any:
+        if obj is None:
+            return self
+        options, declare = self.options, obj
+
+        def publisher(*args: Any, **kwargs: Any) -> Publisher:
+            return declare._produce(make(options, args, kwargs))
+
+        return self.bound(obj, publisher)
+
+
+class sends(_Method[P]):  # noqa: N801
+    """``publish = sends(Command)``: takes the command's arguments and publishes it."""
+
+    @overload
+    def __get__(self, obj: None, owner: type) -> sends[P]: ...
+    @overload
+    def __get__(self, obj: _Sends, owner: type) -> Callable[P, Coroutine[Any, Any, Any]]: ...
+    def __get__(self, obj: _Sends | None, owner: type) -> Any:
+        if obj is None:
+            return self
+        command, sender = self.options, obj
+
+        def publish(*args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+            return sender._publish(command(*args, **kwargs))
+
+        return self.bound(obj, publish)
+
+
+class asks(_Method[P]):  # noqa: N801
+    """``request = asks(Command)``: takes the command's arguments and waits for the answer."""
+
+    @overload
+    def __get__(self, obj: None, owner: type) -> asks[P]: ...
+    @overload
+    def __get__(self, obj: _Sends, owner: type) -> Callable[P, Coroutine[Any, Any, Any]]: ...
+    def __get__(self, obj: _Sends | None, owner: type) -> Any:
+        if obj is None:
+            return self
+        command, sender = self.options, obj
+
+        def request(*args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+            return sender._request(command(*args, **kwargs))
+
+        return self.bound(obj, request)
+
+
+def make(options: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An options value from a user's arguments, whose types are checked.
+
+    Raises:
+        SetupError: an argument is unknown, missing or of the wrong type.
+    """
+    name = getattr(options, "__name__", str(options))
+    try:
+        spec = options(*args, **kwargs)
+    except TypeError as error:
+        raise SetupError(f"{name}: {error}", code="MS120", where=_caller()) from error
+    for field, wanted in _plain_fields(type(spec)):
+        value = getattr(spec, field)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+            expected = " or ".join("None" if k is type(None) else k.__name__ for k in wanted)
+            raise SetupError(
+                f"{name}: {field}={value!r} is {type(value).__name__}, not {expected}",
+                code="MS121", where=_caller(),
+            )
+    return spec
+
+
+_checked: dict[type, list[tuple[str, Any]]] = {}
+_PLAIN: dict[str, type] = {
+    "str": str, "int": int, "float": float, "bool": bool, "bytes": bytes, "None": type(None)
+}
+
+
+def _plain_fields(spec: type) -> list[tuple[str, Any]]:
+    """The fields whose annotations are plain enough for ``isinstance``."""
+    if spec not in _checked:
+        annotations: dict[str, Any] = {}
+        for kind in reversed(spec.__mro__):
+            annotations.update(vars(kind).get("__annotations__", {}))
+        fields: list[tuple[str, Any]] = []
+        for field in getattr(spec, "__struct_fields__", ()):
+            names = str(annotations.get(field, "")).split(" | ")
+            if all(name in _PLAIN for name in names):
+                kinds = tuple(_PLAIN[name] for name in names)
+                fields.append((field, (*kinds, int) if float in kinds else kinds))
+        _checked[spec] = fields
+    return _checked[spec]
+
+
+def _caller() -> str:
+    """The user's line that is being run: the first one outside this package."""
+    frame = sys._getframe(1)
+    package = __name__.partition(".")[0]
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+class Scope(msgspec.Struct, frozen=True):
+    """What a declaration inherits from the broker and the routers it stands in."""
+
+    codec: Codec
+    prefix: str = ""
+    ack_policy: AckPolicy | None = None
+    retry: Retry | None = None
+    dead_letter: DeadLetter | str | None | msgspec.UnsetType = msgspec.UNSET
+    middlewares: tuple[Any, ...] = ()
+    dependencies: tuple[Depends, ...] = ()
+    parser: Callable[..., Any] | None = None
+    decoder: Callable[..., Any] | None = None
+    include_in_schema: bool = True
+    #: The ids of the inclusions that lead here, from the broker down.
+    chain: tuple[int, ...] = ()
+
+
+class Inclusion(msgspec.Struct):
+    """A router inside another, with what the inclusion adds."""
+
+    router: Endpoints
+    prefix: str = ""
+    dependencies: Sequence[Depends] = ()
+    middlewares: Sequence[Any] = ()
+    include_in_schema: bool | None = None
+
+
+class Endpoints:
+    """Declarations in order: subscribers, publishers and included routers."""
+
+    def __init__(
+        self,
+        *,
+        prefix: str = "",
+        codec: Codec | None = None,
+        ack_policy: AckPolicy | None = None,
+        retry: Retry | None = None,
+        dead_letter: DeadLetter | str | None | msgspec.UnsetType = msgspec.UNSET,
+        middlewares: Sequence[Any] = (),
+        dependencies: Sequence[Depends] = (),
+        routers: Sequence[Endpoints] = (),
+        parser: Callable[..., Any] | None = None,
+        decoder: Callable[..., Any] | None = None,
+        include_in_schema: bool | None = None,
+    ) -> None:
+        self.prefix = prefix
+        self.codec = codec
+        self.ack_policy, self.retry, self.dead_letter = ack_policy, retry, dead_letter
+        self.middlewares: list[Any] = list(middlewares)
+        self.dependencies = tuple(dependencies)
+        self.parser, self.decoder = parser, decoder
+        self.include_in_schema = include_in_schema
+        self.subscribers: list[Subscriber] = []
+        self.publishers: list[Publisher] = []
+        self.inclusions: list[Inclusion] = []
+        self.parents: list[Endpoints] = []
+        self.include_routers(*routers)
+
+    def _subscribe(self, spec: SubscriptionSpec, /) -> Subscriber:
+        subscriber = Subscriber(spec, self)
+        self.subscribers.append(subscriber)
+        return subscriber
+
+    def _produce(self, spec: PublicationSpec, /) -> Publisher:
+        publisher = Publisher(spec, self)
+        self.publishers.append(publisher)
+        return publisher
+
+    def include_router(
+        self,
+        router: Endpoints,
+        *,
+        prefix: str = "",
+        dependencies: Sequence[Depends] = (),
+        middlewares: Sequence[Any] = (),
+        include_in_schema: bool | None = None,
+    ) -> None:
+        """Take over the declarations of a router, those it gets later included.
+
+        Raises:
+            SetupError: the router is of another broker's kind, or contains this one.
+        """
+        if not isinstance(router, Endpoints):
+            raise SetupError(f"{router!r} is not a router", code="MS122", where=_caller())
+        if router is self or any(e is self for e in router.tree()):
+            raise SetupError("a router cannot contain itself", code="MS123", where=_caller())
+        if family_of(router) is not family_of(self):
+            raise SetupError(
+                f"a {type(router).__name__} cannot be included into a {type(self).__name__}",
+                code="MS124", where=_caller(), fix="use the router class of the same broker",
+            )
+        self.inclusions.append(Inclusion(router, prefix, dependencies, middlewares, include_in_schema))
+        router.parents.append(self)
+
+    def include_routers(self, *routers: Endpoints) -> None:
+        """Take over the declarations of several routers."""
+        for router in routers:
+            self.include_router(router)
+
+    def add_middleware(self, middleware: Any) -> None:
+        """Add a middleware inside those that are there."""
+        self._changeable()
+        self.middlewares.append(middleware)
+
+    def insert_middleware(self, middleware: Any) -> None:
+        """Add a middleware outside those that are there."""
+        self._changeable()
+        self.middlewares.insert(0, middleware)
+
+    def _changeable(self) -> None:
+        for parent in self.parents:
+            parent._changeable()
+
+    def tree(self) -> Iterator[Endpoints]:
+        """This and all included routers."""
+        yield self
+        for inclusion in self.inclusions:
+            yield from inclusion.router.tree()
+
+    def root(self) -> Broker:
+        """The broker that this belongs to.
+
+        Raises:
+            StateError: it is included nowhere.
+        """
+        for parent in self.parents:
+            return parent.root()
+        raise StateError(
+            f"this {type(self).__name__} is not part of a broker; include it with broker.include_router(router)",
+            wanted="included",
+        )
+
+    def inherited(self, scope: Scope) -> Scope:
+        """The scope inside this router."""
+        return msgspec.structs.replace(
+            scope,
+            codec=self.codec or scope.codec,
+            prefix=scope.prefix + self.prefix,
+            ack_policy=self.ack_policy or scope.ack_policy,
+            retry=self.retry or scope.retry,
+            dead_letter=scope.dead_letter if self.dead_letter is msgspec.UNSET else self.dead_letter,
+            middlewares=(*scope.middlewares, *self.middlewares),
+            dependencies=(*scope.dependencies, *self.dependencies),
+            parser=self.parser or scope.parser,
+            decoder=self.decoder or scope.decoder,
+            include_in_schema=scope.include_in_schema if self.include_in_schema is None else self.include_in_schema,
+        )
+
+    def walk(self, scope: Scope) -> Iterator[tuple[Subscriber | Publisher, Scope]]:
+        """All declarations with the scopes they stand in."""
+        scope = self.inherited(scope)
+        for publisher in self.publishers:
+            yield publisher, scope
+        for subscriber in self.subscribers:
+            yield subscriber, scope
+        for inclusion in self.inclusions:
+            show = inclusion.include_in_schema
+            yield from inclusion.router.walk(
+                msgspec.structs.replace(
+                    scope,
+                    prefix=scope.prefix + inclusion.prefix,
+                    dependencies=(*scope.dependencies, *inclusion.dependencies),
+                    middlewares=(*scope.middlewares, *inclusion.middlewares),
+                    include_in_schema=scope.include_in_schema if show is None else show,
+                    chain=(*scope.chain, id(inclusion)),
+                )
+            )
+
+
+def family_of(endpoints: Endpoints) -> type:
+    """The class that says which broker's declarations these are."""
+    for kind in type(endpoints).__mro__:
+        if "subscriber" in vars(kind):
+            return kind
+    return Endpoints
+
+
+def default_scope(codec: Codec | None) -> Scope:
+    """The scope outside everything."""
+    return Scope(codec=codec or JSON())
+
+
+class Route:
+    """A subscription with its handler, for ``Router(handlers=[...])``.
+
+    Args:
+        call: the handler.
+        args: the positional arguments of ``router.subscriber``.
+        publishers: arguments of ``router.publisher``, as :class:`RoutePublisher` values.
+        options: the keyword arguments of ``router.subscriber``.
+    """
+
+    def __init__(
+        self, call: Callable[..., Any], *args: Any, publishers: Sequence[RoutePublisher] = (), **options: Any
+    ) -> None:
+        self.call, self.args, self.publishers, self.options = call, args, publishers, options
+
+
+class RoutePublisher:
+    """The arguments of ``router.publisher``, to be declared with a :class:`Route`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.args, self.options = args, options
+
+
+class Router(Endpoints):
+    """Declarations to be included into a broker or another router.
+
+    Args:
+        prefix: put before every address.
+        handlers: routes declared at once.
+        options: as :class:`Endpoints`: codec, ack_policy, retry, dead_letter, middlewares,
+            dependencies, routers, parser, decoder, include_in_schema; each holds for all that
+            is declared here and does not say otherwise.
+    """
+
+    if TYPE_CHECKING:
+        subscriber: Any
+        publisher: Any
+
+    def __init__(self, prefix: str = "", handlers: Sequence[Route] = (), **options: Any) -> None:
+        super().__init__(prefix=prefix, **options)
+        for route in handlers:
+            call = route.call
+            for publisher in route.publishers:
+                call = self.publisher(*publisher.args, **publisher.options)(call)
+            self.subscriber(*route.args, **route.options)(call)

@@ -1,0 +1,49 @@
+"""Log lines of the engine, on whatever logger the application gave."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from .types import LoggerLike
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
+
+
+def default_logger(name: str) -> logging.Logger:
+    """The package's logger of an area; it has no handler and propagates."""
+    return logging.getLogger(f"millstream.{name}")
+
+
+def silent_logger() -> logging.Logger:
+    """What ``logger=None`` means."""
+    logger = logging.getLogger("millstream.silent")
+    logger.disabled = True
+    return logger
+
+
+def log_line(logger: LoggerLike, level: str, text: str) -> None:
+    """One line; braces and percent signs in it mean nothing, whatever the library."""
+    method: Any = getattr(_loguru(logger) or logger, level)
+    if hasattr(logger, "opt"):
+        method("{}", text)
+    else:
+        method("%s", text)
+
+
+def log_error(logger: LoggerLike, text: str, error: BaseException) -> None:
+    """One ERROR line with the exception's traceback, which begins in the user's code."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        traceback = traceback.tb_next
+    if traceback is not None:
+        error = error.with_traceback(traceback)
+    if hasattr(logger, "opt"):  # loguru
+        logger.opt(exception=error).error("{}", text)
+    else:
+        logger.error("%s", text, exc_info=error)
+
+
+def _loguru(logger: Any) -> Any:
+    return logger.opt() if hasattr(logger, "opt") else None

@@ -1,0 +1,259 @@
+"""The message, as handlers see it: a thin, lazy view of what the client library delivered."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from .ack import Settlement
+from .errors import MillstreamError
+
+if TYPE_CHECKING:
+    from .address import Address
+    from .driver import Driver, Intake, SubscriptionSpec
+    from .plan import Site
+
+RawT = TypeVar("RawT")
+
+#: The message that the running task handles; read by the log filter and by publishers.
+current: ContextVar[Message[Any] | None] = ContextVar("millstream_message", default=None)
+
+_prefix = os.urandom(6).hex()
+_counter = itertools.count(1)
+
+
+def new_id() -> str:
+    """A process-wide unique id, far cheaper than a UUID."""
+    return f"{_prefix}-{next(_counter):x}"
+
+
+def current_message() -> Message[Any] | None:
+    """The message that the running task handles, if any."""
+    return current.get()
+
+
+class Link:
+    """What all messages of one subscription share while it runs."""
+
+    __slots__ = ("address", "clock", "decode", "driver", "handler", "intake", "site", "source", "spec")
+
+    def __init__(self, driver: Driver, spec: SubscriptionSpec | None, handler: str = "") -> None:
+        self.driver = driver
+        self.spec = spec
+        self.handler = handler
+        self.clock = driver.clock
+        #: Set once the driver subscribed; None for replies and in `get_one` of plain sources.
+        self.intake: Intake | None = None
+        self.source = spec.destination if spec is not None else ""
+        self.address: Address | None = driver.syntax.compile(self.source) if spec is not None else None
+        self.decode: Callable[[Message[Any]], Any] | None = None
+        self.site: Site | None = None
+
+
+class Message(Generic[RawT]):
+    """One message.
+
+    A broker's own class overrides the accessors, each of which reads the raw object only
+    when it is asked. ``settled`` is None until the message is settled.
+    """
+
+    __slots__ = ("_correlation_id", "_message_id", "_value", "closers", "link", "raw", "settled")
+
+    #: Dependencies of the scope ``message`` that end after settlement; set where there are any.
+    closers: list[Any]
+
+    def __init__(self, raw: RawT, link: Link) -> None:
+        self.raw = raw
+        self.link = link
+        self.settled: Settlement | None = None
+        self._correlation_id: str | None = None
+
+    # Accessors a broker's class provides
+
+    @property
+    def body(self) -> bytes:
+        """The bytes, as they arrived."""
+        raise NotImplementedError
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers; empty if there are none."""
+        raise NotImplementedError
+
+    @property
+    def destination(self) -> str:
+        """The address the message was sent to."""
+        raise NotImplementedError
+
+    @property
+    def reply_to(self) -> str:
+        """Where an answer is wanted, or an empty string."""
+        return self.headers.get("reply_to", "")
+
+    @property
+    def key(self) -> bytes | None:
+        """The message's key on brokers that have one."""
+        return None
+
+    @property
+    def delivery_count(self) -> int:
+        """How many times the message was delivered, this time included."""
+        return 1
+
+    @property
+    def timestamp(self) -> datetime | None:
+        """When the broker got the message, if it tells."""
+        return None
+
+    # Common
+
+    @property
+    def content_type(self) -> str | None:
+        """The media type of the body, if the sender said it."""
+        return self.headers.get("content-type")
+
+    @property
+    def message_id(self) -> str:
+        """The sender's id, or one made on first use."""
+        try:
+            return self._message_id
+        except AttributeError:
+            self._message_id: str = self.headers.get("message_id") or new_id()
+            return self._message_id
+
+    @property
+    def correlation_id(self) -> str:
+        """The sender's correlation id, or one made on first use; answers carry the same."""
+        if self._correlation_id is None:
+            self._correlation_id = self.headers.get("correlation_id") or new_id()
+        return self._correlation_id
+
+    @property
+    def known_correlation_id(self) -> str | None:
+        """The correlation id if the sender gave one or somebody read it; none is made."""
+        return self._correlation_id or self.headers.get("correlation_id")
+
+    @property
+    def path(self) -> dict[str, str]:
+        """The values of the placeholders of the subscription's address."""
+        address = self.link.address
+        return address.extract(self.destination) if address is not None else {}
+
+    @property
+    def raw_message(self) -> RawT:
+        """The client library's own object."""
+        return self.raw
+
+    @property
+    def committed(self) -> Settlement | None:
+        """How the message was settled, or None."""
+        return self.settled
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt at handling this is, counted from 1."""
+        count = self.delivery_count
+        return max(count, int(self.headers.get("ms-attempt", "1") or "1"))
+
+    async def decode(self) -> Any:
+        """The body as the subscription's codec reads it; decoded once.
+
+        Raises:
+            DecodeError: the body is not what the codec expects.
+        """
+        try:
+            return self._value
+        except AttributeError:
+            decode = self.link.decode
+            if decode is None:
+                raise MillstreamError("this message has no decoder") from None
+            value = decode(self)
+            if hasattr(value, "__await__"):
+                value = await value
+            self._value: Any = value
+            return value
+
+    async def ack(self, **options: Any) -> bool:
+        """The message is done. False if it was settled otherwise before."""
+        return await self.settle(Settlement.ACK, **options)
+
+    async def nack(self, delay: float | None = None, **options: Any) -> bool:
+        """Deliver it again, after ``delay`` seconds. False if it was settled otherwise before."""
+        return await self.settle(Settlement.NACK, delay, **options)
+
+    async def reject(self, **options: Any) -> bool:
+        """Discard it for good. False if it was settled otherwise before."""
+        return await self.settle(Settlement.REJECT, **options)
+
+    async def in_progress(self) -> None:
+        """Push back the broker's ack deadline, where there is one."""
+        if self.link.intake is not None and self.settled is None:
+            await self.link.intake.touch(self.raw)
+
+    async def settle(self, how: Settlement, delay: float | None = None, /, **options: Any) -> bool:
+        """Settle once: the first call wins, the same again is no error."""
+        if self.settled is not None:
+            return self.settled is how
+        self.settled = how
+        intake = self.link.intake
+        if intake is not None:
+            try:
+                await intake.settle(self.raw, how, delay, **options)
+            except BaseException:
+                self.settled = None
+                raise
+        return True
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.destination!r} {len(self.body)} bytes>"
+
+
+class BatchMessage(Message[list[Any]]):
+    """Several messages that one call handles; ``messages`` are the single ones."""
+
+    __slots__ = ("messages",)
+
+    def __init__(self, messages: list[Message[Any]], link: Link) -> None:
+        super().__init__([m.raw for m in messages], link)
+        self.messages = messages
+
+    @property
+    def body(self) -> Any:
+        return [m.body for m in self.messages]
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self.messages[0].headers
+
+    @property
+    def batch_headers(self) -> list[Mapping[str, str]]:
+        """Each message's headers."""
+        return [m.headers for m in self.messages]
+
+    @property
+    def destination(self) -> str:
+        return self.messages[0].destination
+
+    @property
+    def delivery_count(self) -> int:
+        return max(m.delivery_count for m in self.messages)
+
+    async def in_progress(self) -> None:
+        for message in self.messages:
+            await message.in_progress()
+
+    async def settle(self, how: Settlement, delay: float | None = None, /, **options: Any) -> bool:
+        """Settle every message that is not settled yet."""
+        if self.settled is not None:
+            return self.settled is how
+        self.settled = how
+        for message in self.messages:
+            await message.settle(how, delay, **options)
+        return True
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {len(self.messages)}>"

@@ -1,0 +1,187 @@
+"""How messages get from the client's parser to the sink."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from nats.aio.msg import Msg
+from nats.aio.subscription import DEFAULT_SUB_PENDING_BYTES_LIMIT, DEFAULT_SUB_PENDING_MSGS_LIMIT
+from nats.aio.subscription import Subscription as ClientSubscription
+from nats.errors import Error as NatsError
+
+from ..ack import Settlement
+from ..driver import Sink
+
+if TYPE_CHECKING:
+    from .driver import NatsDriver
+    from .options import NatsSubscription
+
+log = logging.getLogger("millstream.nats")
+
+#: Messages given to the sink in one go before other tasks get a turn.
+TURN = 64
+#: Seconds that the server may take to confirm that it sends no more.
+LEAVE = 2.0
+
+
+class Tap(asyncio.Future[Any]):
+    """Takes each message of a subscription inside the client's parser.
+
+    nats-py hands every message of ``subscribe(..., future=...)`` to ``set_result``. Its other
+    way, a callback, costs a queue and a task more for each subscription and cannot be paused
+    without losing what waits in that queue.
+    """
+
+    def __init__(self, take: Callable[[Msg], None]) -> None:
+        super().__init__()
+        self._take = take
+
+    def cancelled(self) -> bool:
+        return False
+
+    def set_result(self, result: Any) -> None:
+        self._take(result)
+
+
+class Flow:
+    """One subscription: a queue, and one task that gives its messages to the sink in order."""
+
+    def __init__(
+        self,
+        driver: NatsDriver,
+        spec: NatsSubscription,
+        sink: Sink,
+        lost: Callable[[Exception], None],
+    ) -> None:
+        self.driver, self.spec, self.sink, self.lost = driver, spec, sink, lost
+        self.waiting: deque[Any] = deque()
+        self.paused = False
+        self._idle: asyncio.Future[None] | None = None
+        self._sub: ClientSubscription | None = None
+        self._task = asyncio.get_running_loop().create_task(self._work())
+
+    async def attach(self) -> None:
+        """Subscribe on the driver's present connection."""
+        raise NotImplementedError
+
+    def reconnected(self) -> None:
+        """The connection came back; the client has subscribed again by itself."""
+
+    def put(self, raw: Any) -> None:
+        self.waiting.append(raw)
+        if self._idle is not None:
+            self._wake()
+
+    def _wake(self) -> None:
+        idle, self._idle = self._idle, None
+        if idle is not None and not idle.done():
+            idle.set_result(None)
+
+    async def _work(self) -> None:
+        waiting, given = self.waiting, 0
+        while not self._ended():
+            if not waiting:
+                self._idle = asyncio.get_running_loop().create_future()
+                await self._idle
+                continue
+            try:
+                await self.give(waiting.popleft())
+            except Exception:
+                log.exception("the sink of %r failed", self.spec.destination)
+            given += 1
+            if given % TURN == 0:
+                await asyncio.sleep(0)
+
+    def _ended(self) -> bool:
+        return self.paused
+
+    async def give(self, raw: Any) -> None:
+        await self.sink(raw)
+
+    async def pause(self) -> int:
+        raise NotImplementedError
+
+    async def _leave(self) -> None:
+        """Unsubscribe, and wait for what the server sent before it knew."""
+        sub, self._sub = self._sub, None
+        if sub is not None:
+            with suppress(NatsError, TimeoutError):
+                async with asyncio.timeout(LEAVE):
+                    await sub.drain()
+
+    async def _finish(self) -> None:
+        """Let the task end by itself; the sink's present call may be the caller."""
+        self.paused = True
+        self._wake()
+        if asyncio.current_task() is not self._task:
+            await asyncio.wait([self._task])
+
+    async def close(self) -> None:
+        self.paused = True
+        self.driver.intakes.discard(self)
+        await self._leave()
+        if asyncio.current_task() is not self._task:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def settle(
+        self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
+    ) -> None:
+        """Nothing to tell: this source knows no acknowledgement."""
+
+    async def touch(self, raw: Any, /) -> None:
+        """No deadline to push back."""
+
+
+class CoreFlow(Flow):
+    """A subscription of core NATS.
+
+    The server does not wait for anybody: what comes in faster than the sink takes it waits
+    here, up to the limits, and is dropped beyond them with an error report.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        spec = self.spec
+        self._most = spec.pending_msgs_limit or DEFAULT_SUB_PENDING_MSGS_LIMIT
+        self._most_bytes = spec.pending_bytes_limit or DEFAULT_SUB_PENDING_BYTES_LIMIT
+        self._bytes = 0
+        self._dropped = 0
+
+    async def attach(self) -> None:
+        spec = self.spec
+        self._sub = await self.driver.client.subscribe(
+            spec.pattern, queue=spec.queue, future=Tap(self._arrived), max_msgs=spec.max_msgs
+        )
+        if spec.max_msgs:
+            await self._sub.unsubscribe(limit=spec.max_msgs)
+
+    def _arrived(self, msg: Msg) -> None:
+        size = len(msg.data)
+        if len(self.waiting) >= self._most or self._bytes + size > self._most_bytes:
+            if not self._dropped:
+                self.driver.report(f"{self.spec.destination!r} is too slow: messages are dropped")
+            self._dropped += 1
+            return
+        self._bytes += size
+        self.put(msg)
+
+    async def give(self, raw: Msg) -> None:
+        self._bytes -= len(raw.data)
+        if self._dropped and len(self.waiting) < self._most // 2:
+            self.driver.report(f"{self.spec.destination!r} caught up; dropped {self._dropped}")
+            self._dropped = 0
+        await self.sink(raw)
+
+    def _ended(self) -> bool:
+        return self.paused and not self.waiting
+
+    async def pause(self) -> int:
+        await self._leave()
+        await self._finish()
+        return 0

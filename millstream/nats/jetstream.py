@@ -1,0 +1,416 @@
+"""JetStream subscriptions: a pull engine, and push where it is asked for.
+
+The pull engine does what nats.go's ``Consume`` does (ADR-37): one inbox, requests for more
+messages with an expiry and an idle heartbeat, refilled when half of what is wanted has been
+used up. A missing heartbeat is how a consumer that died is noticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+
+from ..ack import Settlement
+from ..errors import MillstreamError, SetupError
+from .consumer import HEARTBEAT, Consumer
+from .flow import Flow, Tap, log
+from .message import ack_tokens
+from .stores import entry_of, object_of
+
+ACK, NAK, TERM, PROGRESS = b"+ACK", b"-NAK", b"+TERM", b"+WPI"
+#: The most messages held ready where the user set no number.
+MOST = 256
+#: Refilling faster than FAST seconds doubles what is held ready, slower than SLOW halves it:
+#: a fast handler is never kept waiting, a slow one hoards no more than a moment's work.
+FAST, SLOW = 0.02, 0.2
+#: Seconds to wait before a broken consumer is looked after again, at least and at most.
+PATIENCE = (0.1, 5.0)
+
+
+class StreamFlow(Flow):
+    """What pull and push have in common: settlement, deadlines, and healing."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.consumer = Consumer(self.driver, self.spec)
+        self.acknowledged = self.spec.acknowledged
+        #: Acknowledgement addresses of what was delivered and not settled, oldest first.
+        self.open: dict[str, None] = {}
+        #: Stream sequences that were handed back, until they are acknowledged.
+        self.returned: set[int] = set()
+        self.heard = 0.0
+        self._latest: Msg | None = None
+        self._last = 0
+        self._failures = 0
+        self._healing: asyncio.Task[None] | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Make the consumer and begin; raises what cannot heal."""
+        await self.consumer.ensure()
+        self._last = self.consumer.floor
+        await self.attach()
+        self._keeper = asyncio.get_running_loop().create_task(self._keep())
+
+    # Settlement
+
+    async def settle(
+        self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
+    ) -> None:
+        if not self.acknowledged:
+            return
+        reply = raw.reply
+        if how is Settlement.ACK:
+            if options.get("sync"):
+                await self.driver.ask(reply, ACK, options.get("timeout"))
+            else:
+                await self.driver.send(reply, ACK)
+        elif how is Settlement.NACK:
+            self.returned.add(_sequence(reply))
+            await self.driver.send(reply, NAK if not delay else b'%b {"delay": %d}' % (NAK, delay * 1e9))
+            self.open.pop(reply, None)
+            return
+        elif how is Settlement.REJECT:
+            reason = str(options.get("reason") or "")
+            await self.driver.send(reply, f"+TERM {reason}".encode() if reason else TERM)
+        else:
+            return
+        self.open.pop(reply, None)
+        if self.returned:
+            self.returned.discard(_sequence(reply))
+
+    async def touch(self, raw: Any, /) -> None:
+        if self.acknowledged:
+            await self.driver.send(raw.reply, PROGRESS)
+
+    # Deadlines and signs of life
+
+    async def _keep(self) -> None:
+        """Keep what waits from being delivered again, and notice a consumer that died."""
+        while not self.paused:
+            await self.driver.clock.sleep(min(HEARTBEAT, self.consumer.ack_wait / 3))
+            self._last = max(self._last, self._delivered())
+            if self.waiting and self.acknowledged:
+                with suppress(MillstreamError):
+                    for raw in list(self.waiting):
+                        await self.touch(raw)
+            if self._silent() and self.driver.connected:
+                self.heal("no sign of life from the server")
+
+    def _silent(self) -> bool:
+        raise NotImplementedError
+
+    def _delivered(self) -> int:
+        return _sequence(self._latest.reply) if self._latest is not None else 0
+
+    def _resume(self) -> int | None:
+        """The stream sequence from which nothing is missed; None for where it was declared."""
+        if self.spec.watch is not None and self._latest is None:
+            return None
+        unsettled = [*(_sequence(reply) for reply in self.open), *self.returned]
+        return min(unsettled, default=max(self._last, self._delivered()) + 1)
+
+    def reconnected(self) -> None:
+        self.heal("")
+
+    def heal(self, reason: str) -> None:
+        """Look whether the consumer is there, make it again if not, and go on."""
+        if not self.paused and (self._healing is None or self._healing.done()):
+            self._healing = asyncio.get_running_loop().create_task(self._heal(reason))
+
+    async def _heal(self, reason: str) -> None:
+        while not self.paused:
+            if self._failures:
+                least, most = PATIENCE
+                await self.driver.clock.sleep(min(least * 2**self._failures, most))
+            self._failures += 1
+            try:
+                resume = self._resume()
+                made = await self.consumer.ensure(resume)
+                if made:
+                    self._announce(reason, resume)
+                await self._continue(made)
+                return
+            except SetupError as error:
+                self._fail(error)
+                return
+            except (MillstreamError, NatsError, TimeoutError) as error:
+                log.debug("stream %s: %s", self.consumer.stream, error)
+
+    def _announce(self, reason: str, resume: int | None) -> None:
+        log.warning(
+            "consumer %s of stream %s was gone%s and is made again, from message %d",
+            self.consumer.name,
+            self.consumer.stream,
+            f" ({reason})" if reason else "",
+            resume or 1,
+        )
+
+    async def _continue(self, made: bool) -> None:
+        """Take up reading from the consumer, which is there; ``made`` if it is a new one."""
+        raise NotImplementedError
+
+    def _fail(self, error: Exception) -> None:
+        if not self.paused:
+            self.paused = True
+            self._wake()
+            self.lost(error)
+
+    # The end
+
+    def _ended(self) -> bool:
+        # What cannot be handed back is still given to the sink.
+        return self.paused and (self.acknowledged or not self.waiting)
+
+    async def pause(self) -> int:
+        self._stop_tasks()
+        if not self.acknowledged:
+            await self._leave()
+            await self._finish()
+            return 0
+        self.paused = True
+        self._wake()
+        await self._leave()
+        back = list(self.waiting)
+        self.waiting.clear()
+        with suppress(MillstreamError):
+            for raw in back:
+                await self.settle(raw, Settlement.NACK, None)
+        return len(back)
+
+    async def close(self) -> None:
+        self._stop_tasks()
+        await super().close()
+
+    def _stop_tasks(self) -> None:
+        for task in (self._keeper, self._healing):
+            if task is not None and task is not asyncio.current_task():
+                task.cancel()
+
+
+class PullFlow(StreamFlow):
+    """Fetches: never more than the handlers can use, never less than keeps them busy."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        spec = self.spec
+        self.inbox = self.driver.inbox(spec.inbox_prefix)
+        fixed = spec.pull is not None and spec.pull.batch_size is not None
+        self.least = spec.prefetch
+        self.most = self.least if fixed or spec.batch else max(self.least, MOST)
+        if spec.pending_msgs_limit:
+            self.most = min(self.most, spec.pending_msgs_limit)
+        self.target = min(self.least, self.most)
+        #: Messages asked for that have not come yet.
+        self.pending = 0
+        self._pulled = 0.0
+        # Without acknowledgements a gap shows in the consumer's own numbers.
+        self._ordered = spec.watch is not None or spec.ordered_consumer
+        self._expected = 1
+
+    async def start(self) -> None:
+        await super().start()
+        await self._pull()
+
+    async def attach(self) -> None:
+        self._sub = await self.driver.client.subscribe(self.inbox, future=Tap(self._arrived))
+
+    async def _pull(self) -> None:
+        """Ask for as much as is missing."""
+        if not self.driver.connected:
+            return  # healing after the reconnect asks again
+        consumer, now = self.consumer, self.driver.clock.now()
+        most = self.most
+        if self.acknowledged and consumer.max_ack_pending:
+            most = min(most, consumer.max_ack_pending)
+        since = now - self._pulled
+        if since < FAST:
+            self.target = min(self.target * 2, most)
+        elif since > SLOW:
+            self.target = max(self.target // 2, min(self.least, most))
+        wanted = self.target - self.pending - len(self.waiting)
+        if consumer.max_batch:
+            wanted = min(wanted, consumer.max_batch)
+        if wanted < 1 or self.paused:
+            return
+        if not self.pending:
+            self.heard = now
+        self._pulled = now
+        self.pending += wanted
+        beat = min(HEARTBEAT, consumer.expires / 2)
+        request = b'{"batch":%d,"expires":%d,"idle_heartbeat":%d}'
+        await self.driver.send(
+            f"{self.driver.prefix}.CONSUMER.MSG.NEXT.{consumer.stream}.{consumer.name}",
+            request % (wanted, consumer.expires * 1e9, beat * 1e9),
+            self.inbox,
+        )
+
+    def _arrived(self, msg: Msg) -> None:
+        if msg.subject == self.inbox:
+            self._status(msg.headers or {})
+            return
+        if self._ordered and not self._in_order(msg):
+            return
+        if self.pending:
+            self.pending -= 1
+        self._latest = msg
+        if self.acknowledged:
+            self.open[msg.reply] = None
+        self.put(msg)
+
+    def _in_order(self, msg: Msg) -> bool:
+        tokens = ack_tokens(msg.reply)
+        if tokens[1] != self.consumer.name:
+            return False
+        if int(tokens[4]) != self._expected:
+            self._restart()
+            return False
+        self._expected += 1
+        return True
+
+    def _restart(self) -> None:
+        """Read on behind the last message that came in order, by a consumer made for that."""
+        self.consumer.renew()
+        self.heal("")
+
+    def reconnected(self) -> None:
+        # Without acknowledgements, what was on its way when the connection broke is missing.
+        if self._ordered:
+            self._restart()
+        else:
+            self.heal("")
+
+    def _announce(self, reason: str, resume: int | None) -> None:
+        if not self._ordered:
+            super()._announce(reason, resume)
+
+    async def give(self, raw: Any) -> None:
+        if self.pending + len(self.waiting) <= self.target // 2:
+            await self._refill()
+        if self._ordered:
+            raw = self._view(raw)
+            if raw is None:
+                return
+        await self.sink(raw)
+
+    def _view(self, msg: Msg) -> Any:
+        """What the watcher of a store gets to see; None for what it does not want."""
+        spec = self.spec
+        if spec.kv is not None:
+            return entry_of(msg, spec.kv)
+        return object_of(msg, spec.obj) if spec.obj is not None else msg
+
+    async def _refill(self) -> None:
+        try:
+            await self._pull()
+        except MillstreamError as error:
+            log.debug("no request for more messages while %s", error)
+
+    def _status(self, headers: dict[str, str]) -> None:
+        """A message of the server about our requests (ADR-13, ADR-37)."""
+        self.heard = self.driver.clock.now()
+        code, text = headers.get("Status", ""), headers.get("Description", "").lower()
+        if code == "100":  # idle heartbeat
+            self._failures = 0
+            return
+        left = headers.get("Nats-Pending-Messages")
+        self.pending = max(self.pending - int(left), 0) if left is not None else 0
+        if code in ("404", "408") or (code == "409" and _is_over(text)):
+            if not self.paused:
+                self.driver.spawn(self._refill())
+        elif code == "400":
+            self._fail(SetupError(f"the server refuses to deliver: {text}", fix="check the consumer"))
+        else:
+            # 409 deleted, leadership change, shutdown, too many requests; 503 nobody there.
+            self._failures = max(self._failures, 1)
+            self.heal(text or "no consumer answers")
+
+    def _silent(self) -> bool:
+        # Busy with what waits, nothing is asked for and nothing comes.
+        return self.pending > 0 and self.driver.clock.now() - self.heard > 2 * HEARTBEAT + 1
+
+    def put(self, raw: Any) -> None:
+        self._failures = 0
+        super().put(raw)
+
+    async def _continue(self, made: bool) -> None:
+        self.pending = 0
+        if made:
+            self._expected = 1
+        await self._pull()
+
+
+def _is_over(text: str) -> bool:
+    """Whether a 409 only ends one request, and the next may follow at once."""
+    return text.startswith(("batch completed", "message size exceeds"))
+
+
+def _sequence(reply: str) -> int:
+    return int(ack_tokens(reply)[3])
+
+
+class _FlowControl(msgspec.Struct):
+    """A question of the server whether what it sent before has been handled."""
+
+    reply: str
+
+
+class PushFlow(StreamFlow):
+    """The server sends by itself, up to ``max_ack_pending`` and its flow control."""
+
+    async def start(self) -> None:
+        await super().start()
+        if self.consumer.bound and not self.consumer.deliver_group:
+            await self.close()
+            raise SetupError(
+                f"consumer {self.consumer.name!r} of stream {self.consumer.stream!r} has a reader",
+                fix="give queue= in every process, so that they share it",
+            )
+
+    async def attach(self) -> None:
+        consumer, most = self.consumer, self.spec.max_msgs
+        self.heard = self.driver.clock.now()
+        self._sub = await self.driver.client.subscribe(
+            consumer.deliver_subject or "",
+            queue=consumer.deliver_group,
+            future=Tap(self._arrived),
+            max_msgs=most,
+        )
+        if most:
+            await self._sub.unsubscribe(limit=most)
+
+    def _arrived(self, msg: Msg) -> None:
+        self.heard = self.driver.clock.now()
+        headers = msg.headers
+        if headers is not None and headers.get("Status") == "100" and not msg.data:
+            # Answered when what came before it has been handled: that is the control.
+            if asked := headers.get("Nats-Consumer-Stalled") or msg.reply:
+                self.put(_FlowControl(asked))
+            return
+        self._failures = 0
+        self._latest = msg
+        if self.acknowledged:
+            self.open[msg.reply] = None
+        self.put(msg)
+
+    async def give(self, raw: Any) -> None:
+        if isinstance(raw, _FlowControl):
+            with suppress(MillstreamError):
+                await self.driver.send(raw.reply, b"")
+        else:
+            await self.sink(raw)
+
+    def _silent(self) -> bool:
+        beat = self.consumer.heartbeat
+        return beat > 0 and self.driver.clock.now() - self.heard > 2 * beat + 1
+
+    async def _continue(self, made: bool) -> None:
+        if made:
+            await self._leave()
+            await self.attach()
+        self.heard = self.driver.clock.now()

@@ -1,0 +1,166 @@
+"""Publishing: declared publishers, results of handlers, and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .driver import PublicationSpec, PublishCommand
+from .errors import NotConnected
+from .message import Message, current
+from .middleware import Send
+from .spy import Spied
+
+if TYPE_CHECKING:
+    from .broker import Broker
+    from .endpoints import Endpoints, Scope
+    from .subscriber import Handler
+
+
+class Response:
+    """A handler's result with metadata.
+
+    Args:
+        body: what is published; None publishes an empty body, where a bare None publishes
+            nothing.
+        headers: sent along.
+        correlation_id: instead of the incoming message's.
+        options: further arguments of the broker's ``publish``.
+    """
+
+    def __init__(
+        self,
+        body: Any = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        correlation_id: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.body = body
+        self.headers = dict(headers) if headers is not None else None
+        self.correlation_id = correlation_id
+        self.options = options
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.body!r})"
+
+
+def ensure_response(result: Any) -> Response:
+    """A handler's result as a :class:`Response`."""
+    return result if isinstance(result, Response) else Response(result)
+
+
+class Publication:
+    """A publisher inside a broker: the declaration with its prefix, and the way to send."""
+
+    __slots__ = ("broker", "chain", "command", "defaults", "publisher", "request", "send", "spec")
+
+    def __init__(
+        self, publisher: Publisher, spec: PublicationSpec, scope: Scope, broker: Broker
+    ) -> None:
+        self.publisher, self.spec, self.broker, self.chain = publisher, spec, broker, scope.chain
+        self.command: type[PublishCommand] = broker.driver.command
+        plain = self.command()
+        #: The command's fields that the declaration sets.
+        self.defaults = {
+            name: getattr(spec, name)
+            for name in self.command.__struct_fields__
+            if hasattr(spec, name) and getattr(spec, name) != getattr(plain, name)
+        }
+        self.send: Send = broker.sender(spec.codec or scope.codec, (*scope.middlewares, *spec.middlewares))
+        self.request: Send = broker.requester(
+            spec.codec or scope.codec, (*scope.middlewares, *spec.middlewares)
+        )
+
+    def make(self, message: Any, overrides: Mapping[str, Any]) -> PublishCommand:
+        """The command for one message; headers are added to the declared ones."""
+        values = {**self.defaults, **overrides}
+        declared, given = self.defaults.get("headers"), overrides.get("headers")
+        if declared:
+            values["headers"] = {**declared, **(given or {})}
+        return self.command(message=message, **values)
+
+    async def result(self, message: Message[Any], result: Any) -> None:
+        """Publish what a handler returned."""
+        if isinstance(result, Response):
+            overrides = dict(result.options)
+            if result.headers is not None:
+                overrides["headers"] = result.headers
+            command = self.make(result.body, overrides)
+            command.correlation_id = result.correlation_id or message.known_correlation_id
+        else:
+            command = self.command(message=result, **self.defaults)
+            command.correlation_id = message.known_correlation_id
+            if command.headers:
+                command.headers = dict(command.headers)
+        await self.send(command)
+
+
+class Publisher(Spied):
+    """A declared publication: a decorator of handlers, and an object to publish with."""
+
+    def __init__(self, spec: PublicationSpec, owner: Endpoints) -> None:
+        self.spec = spec
+        self.owner = owner
+        self.publications: list[Publication] = []
+
+    def __call__(self, handler: Callable[..., Any]) -> Handler[..., Any]:
+        """Publish what ``handler`` returns."""
+        from .subscriber import as_handler
+
+        wrapped = as_handler(handler, depth=2)
+        wrapped.publishers.append(self)
+        return wrapped
+
+    def publication(self, chain: tuple[int, ...] = ()) -> Publication:
+        """This publisher as it is included nearest to a place in the tree of routers.
+
+        Raises:
+            NotConnected: its router is in no broker, or the broker is not connected.
+        """
+        if not self.publications:
+            self.owner.root().bind()
+        if not self.publications:
+            raise NotConnected(
+                f"the publisher of {self.spec.destination!r} belongs to no connected broker; "
+                "include its router into a broker, and connect or start that broker first"
+            )
+        return max(self.publications, key=lambda p: _common(p.chain, chain))
+
+    async def publish(self, message: Any = None, **overrides: Any) -> Any:
+        """Publish one message; ``overrides`` are arguments of the broker's ``publish``.
+
+        Inside a handler the incoming message's correlation id is kept. Returns the broker's
+        receipt. Raises as the broker's ``publish`` does.
+        """
+        publication = self.publication()
+        command = publication.make(message, overrides)
+        _correlate(command)
+        return await publication.send(command)
+
+    async def request(self, message: Any = None, **overrides: Any) -> Any:
+        """Send a request and wait for the answer, as the broker's ``request`` does."""
+        response_model = overrides.pop("response_model", None)
+        publication = self.publication()
+        command = publication.make(message, overrides)
+        _correlate(command)
+        return await publication.broker.answer(publication.request, command, response_model)
+
+    def __repr__(self) -> str:
+        return f"<Publisher {self.spec.destination!r}>"
+
+
+def _correlate(command: PublishCommand) -> None:
+    if command.correlation_id is None:
+        message = current.get()
+        if message is not None:
+            command.correlation_id = message.known_correlation_id
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count

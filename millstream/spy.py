@@ -1,0 +1,58 @@
+"""What handlers and publishers record while a test broker runs them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from .errors import StateError
+
+
+class Spy(Protocol):
+    """The recorder that a test broker puts on a handler or a publisher."""
+
+    mock: Any
+
+    def assert_called_once_with(self, body: Any, /, **details: Any) -> None: ...
+    def assert_called_with(self, body: Any, /, **details: Any) -> None: ...
+    def assert_any_call(self, body: Any, /, **details: Any) -> None: ...
+    async def wait_call(self, timeout: float = 3.0) -> None: ...
+
+
+class Spied:
+    """The test side of a handler or publisher; outside a test broker there is none."""
+
+    spy: Spy | None = None
+
+    def _recorder(self) -> Spy:
+        if self.spy is None:
+            raise StateError(
+                "calls are recorded only while a test broker runs, "
+                "such as `async with TestNatsBroker(broker):`",
+                wanted="testing",
+            )
+        return self.spy
+
+    @property
+    def mock(self) -> Any:
+        """A ``MagicMock`` called with each decoded body. Only under a test broker."""
+        return self._recorder().mock
+
+    def assert_called_once_with(self, body: Any, /, **details: Any) -> None:
+        """Assert one call, with this body (and ``headers=``, ``path=`` …)."""
+        self._recorder().assert_called_once_with(body, **details)
+
+    def assert_called_with(self, body: Any, /, **details: Any) -> None:
+        """Assert that the last call had this body."""
+        self._recorder().assert_called_with(body, **details)
+
+    def assert_any_call(self, body: Any, /, **details: Any) -> None:
+        """Assert that some call had this body."""
+        self._recorder().assert_any_call(body, **details)
+
+    async def wait_call(self, timeout: float = 3.0) -> None:
+        """Wait until there was a call, at most ``timeout`` seconds.
+
+        Raises:
+            TimeoutError: there was none.
+        """
+        await self._recorder().wait_call(timeout)
