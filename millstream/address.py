@@ -92,7 +92,8 @@ def _compile(syntax: AddressSyntax, template: str) -> Address:
                 )
             if name in places:
                 raise AddressError(
-                    f"{template!r}: {{{name}}} stands twice", fix="give each placeholder its own name"
+                    f"{template!r}: {{{name}}} stands twice",
+                    fix="give each placeholder its own name",
                 )
             places[name] = i
             segment = syntax.one

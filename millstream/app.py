@@ -70,7 +70,7 @@ class Millstream:
         self.lifespan = lifespan
         self.title, self.version, self.description = title, version, description
         self.given_logger: LoggerLike | None = (
-            None if logger is msgspec.UNSET else silent_logger() if logger is None else logger
+            None if logger is _UNSET else silent_logger() if logger is None else logger
         )
         self.context = context or ContextRepo()
         self.context.set_global("app", self)
@@ -102,7 +102,9 @@ class Millstream:
             SetupError: it is no broker, or was added before.
         """
         if not isinstance(broker, Broker):
-            raise SetupError(f"{broker!r} is not a broker", code="MS130", fix="Millstream(NatsBroker(...))")
+            raise SetupError(
+                f"{broker!r} is not a broker", code="MS130", fix="Millstream(NatsBroker(...))"
+            )
         if broker in self.brokers:
             raise SetupError("this broker was added before", code="MS131")
         self.brokers.append(broker)
@@ -221,7 +223,9 @@ class Millstream:
                 loop.remove_signal_handler(number)
         failed = [b for b in self.brokers if b.state is State.FAILED]
         if failed and not caught:
-            raise StateError(f"lost for good: {', '.join(b.driver.describe() for b in failed)}", state="failed")
+            raise StateError(
+                f"lost for good: {', '.join(b.driver.describe() for b in failed)}", state="failed"
+            )
 
     def _summary(self) -> str:
         return ", ".join(
@@ -235,8 +239,13 @@ class Millstream:
 
     def _site(self, hook: AnyCallable) -> Site:
         return Site(
-            name=name_of(hook), where=where_is(hook), codec=JSON(), context=self.context,
-            logger=self.logger, broker=self.broker, app=self,
+            name=name_of(hook),
+            where=where_is(hook),
+            codec=JSON(),
+            context=self.context,
+            logger=self.logger,
+            broker=self.broker,
+            app=self,
         )
 
     async def _stop_brokers(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import signal
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -198,9 +199,8 @@ def _endpoint(
 def _source(
     function: Callable[..., Any], name: str, declared: Any, default: Any
 ) -> Callable[[Request], Any]:
-    annotation, extras = declared, ()
-    if get_origin(declared) is Annotated:
-        annotation, *extras = get_args(declared)
+    annotated = get_origin(declared) is Annotated
+    annotation, *extras = get_args(declared) if annotated else (declared,)
     markers = [extra for extra in (*extras, default) if isinstance(extra, Marker)]
     marker = markers[0] if markers else None
     if annotation is Request:
@@ -268,13 +268,12 @@ def make_ping_asgi(broker: Broker, timeout: float | None = None, **documents: An
         documents: as for :func:`get`.
     """
 
-    @get(**documents)
     async def ping() -> AsgiResponse:
         """Whether the broker answers."""
         alive = await broker.ping(5.0 if timeout is None else timeout)
         return AsgiResponse(status_code=204 if alive else 500)
 
-    endpoint: ASGIApp = ping
+    endpoint: ASGIApp = get(ping, **documents)
     return endpoint
 
 
@@ -369,6 +368,8 @@ class AsgiApp:
             text = str(error) if known else traceback.format_exc()
             await send({"type": "lifespan.startup.failed", "message": text})
             raise  # servers know that from other frameworks, and `millstream run` wants it
+        for broker in self.brokers:
+            broker.on_stop_application = _end_server
         await send({"type": "lifespan.startup.complete"})
         await receive()
         try:
@@ -378,6 +379,11 @@ class AsgiApp:
             await send({"type": "lifespan.shutdown.failed", "message": str(error)})
             return
         await send({"type": "lifespan.shutdown.complete"})
+
+
+def _end_server() -> None:
+    """A handler raised ``StopApplication``, or a broker is lost: only signals end a server."""
+    signal.raise_signal(signal.SIGTERM)
 
 
 AsgiFastStream = AsgiApp

@@ -28,9 +28,10 @@ from .log import default_logger, log_line, silent_logger
 from .message import Link, Message
 from .middleware import Send, fold_publish
 from .params import Depends, ParameterSource
-from .plan import AppValues
 from .publisher import Publication, Publisher
 from .retry import DeadLetter, Exponential, Retry
+from .runner import AppValues
+from .spy import Probe
 from .subscriber import Subscriber
 from .subscription import Subscription
 from .types import LoggerLike
@@ -145,6 +146,8 @@ class Broker(Endpoints):
         self.stack = AsyncExitStack()
         #: Innermost middlewares that a test broker adds.
         self.test_middlewares: list[Any] = []
+        #: What a test broker watches deliveries and publications with.
+        self.probe: Probe | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._send: Send | None = None
         self._ask: Send | None = None
@@ -297,7 +300,9 @@ class Broker(Endpoints):
             )
         errors = [r for r in results if isinstance(r, Exception)]
         if errors:
-            raise ExceptionGroup(f"{len(errors)} of {len(messages)} messages were not published", errors)
+            raise ExceptionGroup(
+                f"{len(errors)} of {len(messages)} messages were not published", errors
+            )
         return results
 
     # Declarations
@@ -312,7 +317,9 @@ class Broker(Endpoints):
         errors: list[SetupError] = []
         for declaration, inside in list(self.walk(scope)):
             if isinstance(declaration, Publisher):
-                declaration.publications = [p for p in declaration.publications if p.broker is not self]
+                declaration.publications = [
+                    p for p in declaration.publications if p.broker is not self
+                ]
         for declaration, inside in self.walk(scope):
             if not isinstance(declaration, Publisher):
                 continue
@@ -397,7 +404,11 @@ class Broker(Endpoints):
                 left = deadline - self.clock.now()
                 if error.permanent or delay >= left:
                     raise
-                log_line(self.logger, "warning", f"{error}; next try in {delay:.1f} s ({left:.0f} s left)")
+                log_line(
+                    self.logger,
+                    "warning",
+                    f"{error}; next try in {delay:.1f} s ({left:.0f} s left)",
+                )
                 await self.clock.sleep(delay)
 
     async def start(self) -> None:
@@ -423,7 +434,9 @@ class Broker(Endpoints):
             raise
         self.state = State.RUNNING
         log_line(
-            self.logger, "debug", f"{self.driver.describe()}: {len(self.subscriptions)} subscriptions run"
+            self.logger,
+            "debug",
+            f"{self.driver.describe()}: {len(self.subscriptions)} subscriptions run",
         )
 
     async def stop(self, *exc: object) -> None:
@@ -462,7 +475,11 @@ class Broker(Endpoints):
         await asyncio.gather(*(s.stop(deadline) for s in stopped), return_exceptions=True)
         finished, returned = sum(s.finished for s in stopped), sum(s.returned for s in stopped)
         if stopped and last is State.STOPPED:
-            log_line(self.logger, "info", f"{self.driver.describe()}: finished {finished}, returned {returned}")
+            log_line(
+                self.logger,
+                "info",
+                f"{self.driver.describe()}: finished {finished}, returned {returned}",
+            )
         for task in list(self._tasks):
             task.cancel()
         await self._close_driver()
@@ -478,7 +495,11 @@ class Broker(Endpoints):
             async with asyncio.timeout(5):
                 await self.driver.close()
         except Exception as error:
-            log_line(self.logger, "warning", f"{self.driver.describe()}: closing: {type(error).__name__}: {error}")
+            log_line(
+                self.logger,
+                "warning",
+                f"{self.driver.describe()}: closing: {type(error).__name__}: {error}",
+            )
 
     async def __aenter__(self) -> Self:
         return await self.connect()

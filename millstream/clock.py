@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 
@@ -59,6 +59,11 @@ class _VirtualTimer:
         self.call = None
 
 
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
 class VirtualClock:
     """Time that stands still until a test moves it.
 
@@ -73,6 +78,10 @@ class VirtualClock:
         self._now = start
         self._heap: list[tuple[float, int, _VirtualTimer]] = []
         self._order = itertools.count()
+        #: Tasks that wait in ``sleep``.
+        self.sleeping: set[asyncio.Task[Any] | None] = set()
+        #: Awaited by ``settle``: where a test broker waits for handlers in threads.
+        self.quiet: Callable[[], Awaitable[None]] | None = None
 
     def now(self) -> float:
         return self._now
@@ -87,10 +96,13 @@ class VirtualClock:
 
     async def sleep(self, delay: float) -> None:
         future = asyncio.get_running_loop().create_future()
-        timer = self.call_later(delay, lambda: future.done() or future.set_result(None))
+        timer = self.call_later(delay, _wake, future)
+        task = asyncio.current_task()
+        self.sleeping.add(task)
         try:
             await future
         finally:
+            self.sleeping.discard(task)
             timer.cancel()
 
     async def advance(self, seconds: float) -> None:
@@ -109,3 +121,5 @@ class VirtualClock:
         """Let every task that is ready run."""
         for _ in range(self.TURNS):
             await asyncio.sleep(0)
+        if self.quiet is not None:
+            await self.quiet()

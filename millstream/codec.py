@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import sys
-import types as pytypes
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import msgspec
@@ -79,7 +78,7 @@ def uses_pydantic(type_: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _adapter(type_: Any) -> Any:
+def _adapter(type_: Hashable) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(type_)
@@ -156,7 +155,9 @@ class JSON:
         try:
             return self._encode(value), None
         except (TypeError, ValueError) as error:
-            raise EncodeError(f"{type(value).__name__} cannot be written as JSON: {error}") from error
+            raise EncodeError(
+                f"{type(value).__name__} cannot be written as JSON: {error}"
+            ) from error
 
 
 class MsgPack:
@@ -264,6 +265,5 @@ def as_decode_error(error: Exception, what: str) -> DecodeError:
 
 def show_type(type_: Any) -> str:
     """A type as people write it."""
-    if isinstance(type_, type) and not isinstance(type_, pytypes.GenericAlias):
-        return type_.__qualname__
-    return str(type_).replace("typing.", "")
+    plain = isinstance(type_, type) and not typing.get_args(type_)
+    return str(type_.__qualname__) if plain else str(type_).replace("typing.", "")

@@ -21,7 +21,9 @@ class ContextRepo:
 
     def __init__(self, initial: Mapping[str, Any] | None = None) -> None:
         self._global: dict[str, Any] = dict(initial or {})
-        self._local: ContextVar[Mapping[str, Any]] = ContextVar("millstream_context", default=_NOTHING)
+        self._local: ContextVar[Mapping[str, Any]] = ContextVar(
+            "millstream_context", default=_NOTHING
+        )
 
     @property
     def context(self) -> dict[str, Any]:

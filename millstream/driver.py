@@ -23,8 +23,6 @@ from .params import Depends
 from .retry import DeadLetter, Retry
 
 
-
-
 class Capability(enum.Flag):
     """What a source (one subscription of a broker) can do."""
 
@@ -109,7 +107,7 @@ class SubscriptionSpec(Spec, frozen=True, kw_only=True):
 
     ack_policy: AckPolicy | None = None
     retry: Retry | None = None
-    dead_letter: DeadLetter | str | None | msgspec.UnsetType = msgspec.UNSET
+    dead_letter: DeadLetter | str | msgspec.UnsetType | None = msgspec.UNSET
     concurrency: int = 1
     max_workers: int | None = None
     ordered_by: str | Callable[[Message[Any]], Hashable] | None = None
@@ -245,7 +243,9 @@ class Intake(Protocol):
     async def close(self) -> None:
         """Free what the subscription holds and cancel the sink call that still runs."""
 
-    async def settle(self, raw: Any, how: Settlement, delay: float | None, /, **options: Any) -> None:
+    async def settle(
+        self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
+    ) -> None:
         """Tell the broker what became of a message; ``delay`` (seconds) belongs to NACK."""
 
     async def touch(self, raw: Any, /) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, overload
 
 import msgspec
@@ -51,7 +51,7 @@ class _Method(Generic[P]):
         return call
 
 
-class declares(_Method[P]):  # noqa: N801 (used like a decorator)
+class declares(_Method[P]):
     """``subscriber = declares(Spec)``: takes the Spec's arguments, gives a Subscriber."""
 
     @overload
@@ -69,7 +69,7 @@ class declares(_Method[P]):  # noqa: N801 (used like a decorator)
         return self.bound(obj, subscriber)
 
 
-class produces(_Method[P]):  # noqa: N801
+class produces(_Method[P]):
     """``publisher = produces(Spec)``: takes the Spec's arguments, gives a Publisher."""
 
     @overload
@@ -87,7 +87,7 @@ class produces(_Method[P]):  # noqa: N801
         return self.bound(obj, publisher)
 
 
-class sends(_Method[P]):  # noqa: N801
+class sends(_Method[P]):
     """``publish = sends(Command)``: takes the command's arguments and publishes it."""
 
     @overload
@@ -105,7 +105,7 @@ class sends(_Method[P]):  # noqa: N801
         return self.bound(obj, publish)
 
 
-class asks(_Method[P]):  # noqa: N801
+class asks(_Method[P]):
     """``request = asks(Command)``: takes the command's arguments and waits for the answer."""
 
     @overload
@@ -140,14 +140,20 @@ def make(options: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
             expected = " or ".join("None" if k is type(None) else k.__name__ for k in wanted)
             raise SetupError(
                 f"{name}: {field}={value!r} is {type(value).__name__}, not {expected}",
-                code="MS121", where=_caller(),
+                code="MS121",
+                where=_caller(),
             )
     return spec
 
 
 _checked: dict[type, list[tuple[str, Any]]] = {}
 _PLAIN: dict[str, type] = {
-    "str": str, "int": int, "float": float, "bool": bool, "bytes": bytes, "None": type(None)
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "bytes": bytes,
+    "None": type(None),
 }
 
 
@@ -171,7 +177,10 @@ def _caller() -> str:
     """The user's line that is being run: the first one outside this package."""
     frame = sys._getframe(1)
     package = __name__.partition(".")[0]
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+    while (
+        frame.f_back is not None
+        and frame.f_globals.get("__name__", "").partition(".")[0] == package
+    ):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
@@ -183,7 +192,7 @@ class Scope(msgspec.Struct, frozen=True):
     prefix: str = ""
     ack_policy: AckPolicy | None = None
     retry: Retry | None = None
-    dead_letter: DeadLetter | str | None | msgspec.UnsetType = msgspec.UNSET
+    dead_letter: DeadLetter | str | msgspec.UnsetType | None = msgspec.UNSET
     middlewares: tuple[Any, ...] = ()
     dependencies: tuple[Depends, ...] = ()
     parser: Callable[..., Any] | None = None
@@ -213,7 +222,7 @@ class Endpoints:
         codec: Codec | None = None,
         ack_policy: AckPolicy | None = None,
         retry: Retry | None = None,
-        dead_letter: DeadLetter | str | None | msgspec.UnsetType = msgspec.UNSET,
+        dead_letter: DeadLetter | str | msgspec.UnsetType | None = msgspec.UNSET,
         middlewares: Sequence[Any] = (),
         dependencies: Sequence[Depends] = (),
         routers: Sequence[Endpoints] = (),
@@ -265,9 +274,13 @@ class Endpoints:
         if family_of(router) is not family_of(self):
             raise SetupError(
                 f"a {type(router).__name__} cannot be included into a {type(self).__name__}",
-                code="MS124", where=_caller(), fix="use the router class of the same broker",
+                code="MS124",
+                where=_caller(),
+                fix="use the router class of the same broker",
             )
-        self.inclusions.append(Inclusion(router, prefix, dependencies, middlewares, include_in_schema))
+        self.inclusions.append(
+            Inclusion(router, prefix, dependencies, middlewares, include_in_schema)
+        )
         router.parents.append(self)
 
     def include_routers(self, *routers: Endpoints) -> None:
@@ -316,12 +329,16 @@ class Endpoints:
             prefix=scope.prefix + self.prefix,
             ack_policy=self.ack_policy or scope.ack_policy,
             retry=self.retry or scope.retry,
-            dead_letter=scope.dead_letter if self.dead_letter is msgspec.UNSET else self.dead_letter,
+            dead_letter=scope.dead_letter
+            if self.dead_letter is msgspec.UNSET
+            else self.dead_letter,
             middlewares=(*scope.middlewares, *self.middlewares),
             dependencies=(*scope.dependencies, *self.dependencies),
             parser=self.parser or scope.parser,
             decoder=self.decoder or scope.decoder,
-            include_in_schema=scope.include_in_schema if self.include_in_schema is None else self.include_in_schema,
+            include_in_schema=scope.include_in_schema
+            if self.include_in_schema is None
+            else self.include_in_schema,
         )
 
     def walk(self, scope: Scope) -> Iterator[tuple[Subscriber | Publisher, Scope]]:
@@ -369,7 +386,11 @@ class Route:
     """
 
     def __init__(
-        self, call: Callable[..., Any], *args: Any, publishers: Sequence[RoutePublisher] = (), **options: Any
+        self,
+        call: Callable[..., Any],
+        *args: Any,
+        publishers: Sequence[RoutePublisher] = (),
+        **options: Any,
     ) -> None:
         self.call, self.args, self.publishers, self.options = call, args, publishers, options
 

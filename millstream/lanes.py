@@ -22,6 +22,11 @@ class _Lane:
         self.room: deque[asyncio.Future[None]] = deque()
 
 
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
 def _release(waiting: deque[asyncio.Future[None]]) -> None:
     while waiting:
         future = waiting.popleft()
@@ -58,7 +63,9 @@ class Lanes:
         self._batch = batch
         self._lanes = [_Lane() for _ in range(workers if key is not None else 1)]
         self._tasks = [
-            asyncio.create_task(self._work(self._lanes[i % len(self._lanes)]), name=f"{name}-lane-{i}")
+            asyncio.create_task(
+                self._work(self._lanes[i % len(self._lanes)]), name=f"{name}-lane-{i}"
+            )
             for i in range(workers)
         ]
         self.busy = 0
@@ -108,7 +115,7 @@ class Lanes:
         """Take up to ``size`` items; wait at most ``wait`` seconds after the first."""
         if len(lane.items) < batch.size:
             full = asyncio.get_running_loop().create_future()
-            timer = self._clock.call_later(batch.wait, lambda: full.done() or full.set_result(None))
+            timer = self._clock.call_later(batch.wait, _set, full)
             try:
                 while len(lane.items) < batch.size and not full.done():
                     _release(lane.room)

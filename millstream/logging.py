@@ -36,8 +36,11 @@ FIELDS = ("subject", "message_id", "handler", "worker_id")
 WORKER_VARIABLE = "MILLSTREAM_WORKER_ID"
 
 #: Loggers to which servers attach handlers of their own.
-_SERVERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi", "gunicorn")
-_SERVERS += ("gunicorn.error", "gunicorn.access", "hypercorn.error", "hypercorn.access")
+_SERVERS = (
+    *("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi"),
+    *("gunicorn", "gunicorn.error", "gunicorn.access"),
+    *("hypercorn.error", "hypercorn.access"),
+)
 #: Names under which servers write lines that are no errors.
 _SHOWN = {"uvicorn.error": "uvicorn", "gunicorn.error": "gunicorn", "hypercorn.error": "hypercorn"}
 _STANDARD = {*vars(logging.makeLogRecord({})), *FIELDS, "message", "asctime", "color_message"}
@@ -72,9 +75,7 @@ class MessageFilter(logging.Filter):
             except Exception:  # a message that cannot be read must not cost a log line
                 pass
         fields = record.__dict__
-        for name, value in zip(
-            FIELDS, (subject, message_id, handler, self.worker_id), strict=True
-        ):
+        for name, value in zip(FIELDS, (subject, message_id, handler, self.worker_id), strict=True):
             fields.setdefault(name, value)
         return True
 
@@ -289,7 +290,7 @@ def _read(path: Path) -> Any:
             fix="a .json, .toml, .yaml or .yml file",
         )
     try:
-        import yaml
+        import yaml  # type: ignore[import-untyped,unused-ignore]
     except ImportError:
         raise SetupError(
             f"log configuration {path}: YAML needs PyYAML", fix="pip install pyyaml"

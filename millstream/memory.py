@@ -101,6 +101,11 @@ class Entry:
         #: Free for whoever watches the bus.
         self.cause: Any = None
 
+    @property
+    def waiting(self) -> bool:
+        """Whether the next delivery is due now."""
+        return not (self.store is None or self.done or self.current or self.timer)
+
 
 class Delivery:
     """One handing over of a message, ``count`` from 1: the raw object of :class:`MemoryMessage`.

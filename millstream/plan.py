@@ -1,86 +1,46 @@
 """The call plan: a handler's signature, compiled once into a few closures.
 
 Each parameter becomes a constant, a getter, a body (or one of its fields), a dependency,
-or a value of a :class:`ParameterSource`. What is left to do per message is written out in
-the closures at the end of this file, from the cheapest (a body and nothing else) to the
-most general.
+or a value of a :class:`ParameterSource`. Everything wrong is found here, all of it at once;
+what is left to do per message stands in ``runner.py``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import operator
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .codec import Codec, as_decode_error, converter, decode_any, show_type, uses_pydantic
+from .body import custom_reader, element, empty_default, fields_type, reader, single
+from .codec import Codec, as_decode_error, converter, show_type
 from .context import ContextRepo, follow
 from .errors import ContextError, DecodeError, SetupError, SetupErrors, SignatureError
 from .message import BatchMessage, Message, current
 from .middleware import Call
 from .params import MISSING, Bound, Context, Depends, Header, Param, ParameterSource, Path
-from .signature import (
-    is_async,
-    is_async_generator,
-    is_dependency,
-    is_generator,
-    name_of,
-    read_params,
-    where_is,
+from .runner import (
+    AppValues,
+    BodyField,
+    Callee,
+    Cell,
+    Getter,
+    Recipe,
+    Slot,
+    close_all,
+    field,
+    item,
+    runner,
+    whole_message,
 )
+from .signature import hints_of, is_dependency, name_of, read_params, where_is
 from .types import LoggerLike
 
 if TYPE_CHECKING:
     from .address import Address
     from .driver import SubscriptionSpec
-
-#: Gives a parameter's value from the message and the values found so far.
-Getter = Callable[[Any, list[Any]], Any]
-
-
-class AppValues:
-    """Dependencies of the scope ``app``: made once at start, closed at stop."""
-
-    def __init__(self) -> None:
-        self._cells: dict[Any, _Cell] = {}
-
-    def cell(self, dependency: Any, make: Callable[[], _Cell]) -> _Cell:
-        if dependency not in self._cells:
-            self._cells[dependency] = make()
-        return self._cells[dependency]
-
-    async def open(self, stack: AsyncExitStack) -> None:
-        """Make all values, those that others need first."""
-        for cell in self._cells.values():
-            if not cell.ready:
-                await cell.open(stack)
-
-
-class _Cell:
-    def __init__(self, callee: _Callee) -> None:
-        self.callee, self.value, self.ready = callee, None, False
-
-    async def open(self, stack: AsyncExitStack) -> None:
-        callee = self.callee
-        args, kwargs = callee.arguments(None, [])
-        made = callee.function(*args, **kwargs)
-        if callee.kind == "async":
-            made = await made
-        elif callee.kind == "async generator":
-            generator, made = made, await anext(made)
-            stack.push_async_callback(_finish_async, generator, None)
-        elif callee.kind == "generator":
-            generator, made = made, next(made)
-            stack.callback(_finish, generator, None)
-        self.value, self.ready = made, True
-        stack.callback(self._forget)
-
-    def _forget(self) -> None:
-        self.value, self.ready = None, False
 
 
 class Site(msgspec.Struct, kw_only=True):
@@ -143,60 +103,6 @@ class Plan(msgspec.Struct):
     read_one: Callable[[Message[Any]], Any] | None
 
 
-class _BodyField:
-    """Stands for a body parameter until it is known whether others share the body."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, message: Any, values: list[Any]) -> Any:
-        raise AssertionError(f"the body parameter {self.name} was not bound")
-
-
-class _Callee:
-    """A function with the getters of its arguments."""
-
-    __slots__ = ("dynamic", "function", "kind", "kwargs", "template")
-
-    def __init__(
-        self, function: Callable[..., Any], slots: Sequence[tuple[Any, Getter | None]], kwargs: dict[str, tuple[Any, Getter | None]],
-        thread: bool,
-    ) -> None:
-        self.function = function
-        self.template = [constant for constant, _ in slots]
-        self.dynamic = [(i, getter) for i, (_, getter) in enumerate(slots) if getter is not None]
-        self.kwargs = kwargs
-        self.kind = (
-            "async" if is_async(function)
-            else "async generator" if is_async_generator(function)
-            else "generator" if is_generator(function)
-            else "thread" if thread
-            else "sync"
-        )
-
-    def bind(self, getter_of: Callable[[str], Getter]) -> None:
-        """Replace the placeholders of body parameters."""
-        self.dynamic = [
-            (i, getter_of(g.name) if isinstance(g, _BodyField) else g) for i, g in self.dynamic
-        ]
-        self.kwargs = {
-            name: (c, getter_of(g.name) if isinstance(g, _BodyField) else g)
-            for name, (c, g) in self.kwargs.items()
-        }
-
-    def arguments(self, message: Any, values: list[Any]) -> tuple[list[Any], dict[str, Any]]:
-        args = self.template
-        if self.dynamic:
-            args = args.copy()
-            for i, getter in self.dynamic:
-                args[i] = getter(message, values)
-        kwargs = {
-            name: constant if getter is None else getter(message, values)
-            for name, (constant, getter) in self.kwargs.items()
-        } if self.kwargs else {}
-        return args, kwargs
-
-
 class _Compiler:
     """Collects what the parameters of one handler and of its dependencies need."""
 
@@ -207,12 +113,12 @@ class _Compiler:
         self.given: dict[str, int] = {}
         for name in given:
             self.given[name] = self._new()
-        self.steps: list[tuple[int, _Callee, str]] = []
+        self.steps: list[tuple[int, Callee, str]] = []
         self.cache: dict[Any, int] = {}
         self.body: dict[str, Param] = {}
         self.has_dependencies = False
         self.errors: list[SetupError] = []
-        self.callees: list[_Callee] = []
+        self.callees: list[Callee] = []
 
     def _new(self) -> int:
         self.size += 1
@@ -225,12 +131,16 @@ class _Compiler:
         return f"{self.site.name} ({self.site.where})"
 
     def callee(
-        self, function: Callable[..., Any], *, thread: bool, hints: Mapping[str, Any] | None = None,
+        self,
+        function: Callable[..., Any],
+        *,
+        thread: bool,
+        hints: Mapping[str, Any] | None = None,
         app: bool = False,
-    ) -> _Callee:
+    ) -> Callee:
         params, keyword_only = read_params(function, hints)
-        slots: list[tuple[Any, Getter | None]] = []
-        kwargs: dict[str, tuple[Any, Getter | None]] = {}
+        slots: list[Slot] = []
+        kwargs: dict[str, Slot] = {}
         for param in params:
             slot = self.slot(param, app)
             if slot is None:
@@ -239,15 +149,15 @@ class _Compiler:
                 kwargs[param.name] = slot
             else:
                 slots.append(slot)
-        callee = _Callee(function, slots, kwargs, thread)
+        callee = Callee(function, slots, kwargs, thread)
         self.callees.append(callee)
         return callee
 
-    def slot(self, param: Param, app: bool = False) -> tuple[Any, Getter | None] | None:
+    def slot(self, param: Param, app: bool = False) -> Slot | None:
         """A parameter as (constant, None) or (None, getter)."""
         site = self.site
         if param.name in self.given and not app:
-            return None, operator_item(self.given[param.name])
+            return None, item(self.given[param.name])
         for marker in reversed(param.markers):
             # First: in a FastAPI application a marker of the context is a dependency as well.
             if isinstance(marker, Context):
@@ -259,10 +169,13 @@ class _Compiler:
             return constant, None
         if _is_message(param.annotation):
             if app:
-                self.fail(f"{param.name!r} wants the message in a dependency of the scope 'app'",
-                          "use the scope 'function' or 'message'", "MS106")
+                self.fail(
+                    f"{param.name!r} wants the message in a dependency of the scope 'app'",
+                    "use the scope 'function' or 'message'",
+                    "MS106",
+                )
             self.check_envelope(param)
-            return None, _whole_message
+            return None, whole_message
         if site.address is not None and param.name in site.address.places and not app:
             return None, self.path(param.name, param.annotation, param.default)
         for marker in param.markers:
@@ -308,7 +221,7 @@ class _Compiler:
                 "MS107",
             )
 
-    def context(self, marker: Context, param: Param, app: bool) -> tuple[Any, Getter | None]:
+    def context(self, marker: Context, param: Param, app: bool) -> Slot:
         site = self.site
         name = marker.name or param.name
         default = marker.default if marker.default is not MISSING else param.default
@@ -322,18 +235,24 @@ class _Compiler:
                 if default is not MISSING:
                     return default, None
                 template = site.address.template if site.address is not None else ""
-                self.fail(f"Path({name!r}): there is no {{{name}}} in {template!r}",
-                          f"write the address with a placeholder, such as orders.{{{name}}}", "MS108")
+                self.fail(
+                    f"Path({name!r}): there is no {{{name}}} in {template!r}",
+                    f"write the address with a placeholder, such as orders.{{{name}}}",
+                    "MS108",
+                )
                 return None, None
             return None, self.path(name, param.annotation, default)
         if root == "message":
             if site.spec is None or app:
                 if default is not MISSING:
                     return default, None
-                self.fail(f"Context({path!r}): there is no message here",
-                          "give Context a default", "MS109")
+                self.fail(
+                    f"Context({path!r}): there is no message here",
+                    "give Context a default",
+                    "MS109",
+                )
                 return None, None
-            return None, _walk(rest, path, default, convert) if rest else _whole_message
+            return None, _walk(rest, path, default, convert) if rest else whole_message
         roots = site.roots()
         if root in roots and roots[root] is not None:
             if not rest:
@@ -372,7 +291,7 @@ class _Compiler:
 
         return get
 
-    def depends(self, marker: Any, param: Param | None, app: bool) -> tuple[Any, Getter | None]:
+    def depends(self, marker: Any, param: Param | None, app: bool) -> Slot:
         self.has_dependencies = True
         function = marker.dependency
         if function is None and param is not None:
@@ -382,25 +301,28 @@ class _Compiler:
         thread = bool(getattr(marker, "thread", False))
         if app or scope == "app":
             cell = self.site.values.cell(
-                function, lambda: _Cell(self.callee(function, thread=False, app=True))
+                function, lambda: Cell(self.callee(function, thread=False, app=True))
             )
             return None, lambda m, v: cell.value
         if not callable(function):
-            self.fail(f"Depends({function!r}): not a callable", "give a function, class or callable object")
+            self.fail(
+                f"Depends({function!r}): not a callable",
+                "give a function, class or callable object",
+            )
             return None, None
         if scope == "request":
             scope = "message"
         key = (function, scope)
         if marker.use_cache and key in self.cache:
-            return None, operator_item(self.cache[key])
+            return None, item(self.cache[key])
         callee = self.callee(function, thread=thread)
         index = self._new()
         self.steps.append((index, callee, scope))
         if marker.use_cache:
             self.cache[key] = index
-        return None, operator_item(index)
+        return None, item(index)
 
-    def body_param(self, param: Param) -> tuple[Any, Getter | None]:
+    def body_param(self, param: Param) -> Slot:
         known = self.body.setdefault(param.name, param)
         if known.annotation != param.annotation and param.annotation is not Any:
             self.fail(
@@ -408,27 +330,33 @@ class _Compiler:
                 f"{show_type(param.annotation)} in another",
                 "give both the same annotation",
             )
-        return None, _BodyField(param.name)
+        return None, BodyField(param.name)
+
+    def recipe(self, callee: Callee, body_type: Any, default: Any) -> Recipe:
+        """Everything the run needs, once all parameters are known."""
+        site = self.site
+        custom = site.decoder is not None and body_type is not MISSING
+        return Recipe(
+            callee=callee,
+            read=(
+                None
+                if body_type is MISSING
+                else custom_reader(site, body_type)
+                if custom
+                else reader(site, body_type, default)
+            ),
+            read_waits=custom,
+            given=self.given,
+            steps=self.steps,
+            size=self.size,
+            body_only=len(callee.template) == 1 and len(self.body) == 1,
+        )
 
     def bind_body(self) -> None:
         """Once all parameters are known: a whole body, or fields of it."""
         whole = len(self.body) == 1
         for callee in self.callees:
-            callee.bind(lambda name: operator_item(0) if whole else _field(name))
-
-
-def operator_item(index: int) -> Getter:
-    """A getter of one of the values found so far."""
-    return lambda m, v: v[index]
-
-
-def _field(name: str) -> Getter:
-    attribute = operator.attrgetter(name)
-    return lambda m, v: attribute(v[0])
-
-
-def _whole_message(message: Any, values: list[Any]) -> Any:
-    return message
+            callee.bind(lambda name: item(0) if whole else field(name))
 
 
 def _is_message(annotation: Any) -> bool:
@@ -470,9 +398,7 @@ def _walk(rest: list[str], path: str, default: Any, convert: Callable[[Any], Any
     return _guarded(lambda m, v: follow(m, rest, path), default, convert)
 
 
-def _header(
-    name: str, default: Any, convert: Callable[[Any], Any] | None, exact: bool
-) -> Getter:
+def _header(name: str, default: Any, convert: Callable[[Any], Any] | None, exact: bool) -> Getter:
     names = (name,) if exact else tuple(dict.fromkeys((name, name.replace("_", "-"))))
     what = f"the header {name!r}"
 
@@ -498,81 +424,6 @@ def _header(
     return get
 
 
-# The body
-
-
-def _element(annotation: Any) -> Any:
-    """The type of one item of a batch."""
-    args = getattr(annotation, "__args__", None)
-    return args[0] if args else Any
-
-
-def _fields_type(body: Mapping[str, Param]) -> Any:
-    """One object type whose fields are the parameters that share a body."""
-    if any(uses_pydantic(p.declared) for p in body.values()):
-        from pydantic import create_model
-
-        fields: dict[str, Any] = {
-            p.name: (p.declared, ... if p.default is MISSING else p.default) for p in body.values()
-        }
-        return create_model("Body", **fields)
-    return msgspec.defstruct(
-        "Body",
-        [
-            (p.name, p.declared) if p.default is MISSING else (p.name, p.declared, _field_default(p.default))
-            for p in sorted(body.values(), key=lambda p: p.default is not MISSING)
-        ],
-    )
-
-
-def _field_default(value: Any) -> Any:
-    return msgspec.field(default_factory=lambda: value)
-
-
-def _reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
-    """The function from a message to the decoded body."""
-    what = f"the body of a message for {site.name}"
-    codec = site.codec
-    spec = site.spec
-    if spec is not None and spec.batch is not None:
-        single = _reader(_single(site), _element(type_), MISSING)
-        return lambda message: [single(m) for m in message.messages]
-    if type_ is Any or type_ is object:
-
-        def read_any(message: Any) -> Any:
-            try:
-                return decode_any(codec, message.body, message.content_type)
-            except Exception as error:
-                raise as_decode_error(error, what) from error
-
-        return read_any
-    try:
-        decode = codec.decoder(type_)
-    except SetupError as error:
-        raise SignatureError(
-            error.what, where=f"{site.name} ({site.where})", fix=error.fix or "annotate the body with a type that can be decoded"
-        ) from error
-    optional = default is not MISSING or _allows_none(type_)
-    fallback = None if default is MISSING else default
-
-    def read(message: Any) -> Any:
-        try:
-            return decode(message.body)
-        except Exception as error:
-            if not message.body and optional:
-                return fallback
-            raise as_decode_error(error, what) from error
-
-    return read
-
-
-def _allows_none(type_: Any) -> bool:
-    return type_ is None or type(None) in getattr(type_, "__args__", ())
-
-
-# Compilation
-
-
 def compile_plan(handler: Callable[..., Any], site: Site) -> Plan:
     """Compile a handler for its site.
 
@@ -595,30 +446,23 @@ def compile_plan(handler: Callable[..., Any], site: Site) -> Plan:
             compiler.depends(marker, None, False)
     callee = compiler.callee(handler, thread=not site.inline, hints=site.hints)
     if callee.kind in ("generator", "async generator"):
-        compiler.fail(f"{site.name} is a generator", "return one value, and publish more with a publisher")
+        compiler.fail(
+            f"{site.name} is a generator", "return one value, and publish more with a publisher"
+        )
     body_type, default, fields = _body_layout(compiler)
     _raise(compiler.errors)
-    read = None
-    if body_type is not MISSING:
-        read = _custom_reader(site, body_type) if site.decoder is not None else _reader(site, body_type, default)
-    run = _runner(compiler, callee, read)
-    call = run
-    if bounds:
-        inner: Callable[..., Awaitable[Any]] = run if given else lambda message, _: run(message)
-        for bound in reversed(bounds):
-            inner = _around(bound, inner)
-        outer = inner
-
-        def call(message: Message[Any]) -> Awaitable[Any]:
-            return outer(message, {})
-
+    recipe = compiler.recipe(callee, body_type, default)
+    call = runner(recipe)
+    for bound in reversed(bounds):
+        call = _around(bound, call)
     afters = [b.after for b in bounds if b.after is not None]
-    closes = any(scope == "message" and c.kind.endswith("generator") for _, c, scope in compiler.steps)
-    function = handler
-    hints = site.hints if site.hints is not None else _returns_of(function)
+    closes = any(
+        scope == "message" and c.kind.endswith("generator") for _, c, scope in compiler.steps
+    )
+    hints = site.hints if site.hints is not None else hints_of(handler)
     model = HandlerModel(
         name=site.name,
-        description=(getattr(function, "__doc__", None) or "").strip(),
+        description=(getattr(handler, "__doc__", None) or "").strip(),
         body=None if body_type is MISSING or fields else body_type,
         fields=fields,
         returns=hints.get("return", Any),
@@ -629,21 +473,11 @@ def compile_plan(handler: Callable[..., Any], site: Site) -> Plan:
         model,
         _after(afters, closes),
         compiler.has_dependencies,
-        read or _reader(site, Any, MISSING),
-        _reader(_single(site), _element(body_type), MISSING) if batch and body_type is not MISSING else None,
+        recipe.read or reader(site, Any, MISSING),
+        reader(single(site), element(body_type), MISSING)
+        if batch and body_type is not MISSING
+        else None,
     )
-
-
-def _single(site: Site) -> Site:
-    """The same site without its batch."""
-    assert site.spec is not None
-    return msgspec.structs.replace(site, spec=msgspec.structs.replace(site.spec, batch=None))
-
-
-def _returns_of(function: Callable[..., Any]) -> Mapping[str, Any]:
-    from .signature import hints_of
-
-    return hints_of(function)
 
 
 def _raise(errors: list[SetupError]) -> None:
@@ -678,42 +512,13 @@ def _body_layout(compiler: _Compiler) -> tuple[Any, Any, dict[str, tuple[Any, An
             return MISSING, MISSING, {}
     fields = {p.name: (p.declared, p.default) for p in body.values()}
     try:
-        return _fields_type(body), _empty_default(body), fields
+        return fields_type(body), empty_default(body), fields
     except Exception as error:
-        compiler.fail(f"the parameters {', '.join(body)} cannot be fields of one object: {error}",
-                      "annotate each with a type that can be decoded")
+        compiler.fail(
+            f"the parameters {', '.join(body)} cannot be fields of one object: {error}",
+            "annotate each with a type that can be decoded",
+        )
         return MISSING, MISSING, {}
-
-
-def _empty_default(body: Mapping[str, Param]) -> Any:
-    """What stands for an empty body where every field has a default."""
-    if any(p.default is MISSING for p in body.values()):
-        return MISSING
-    return _fields_type(body)()
-
-
-def _custom_reader(site: Site, type_: Any) -> Callable[[Any], Any]:
-    """The user's own decoder, then a conversion to the annotation."""
-    decoder = site.decoder
-    assert decoder is not None
-    two = len([p for p in read_params(decoder)[0] if p.default is MISSING]) >= 2
-    convert = converter(type_)
-    plain = _reader(site, Any, MISSING)
-    what = f"the body of a message for {site.name}"
-
-    async def original(message: Any) -> Any:
-        return plain(message)
-
-    async def read(message: Any) -> Any:
-        try:
-            value = decoder(message, original) if two else decoder(message)
-            if hasattr(value, "__await__"):
-                value = await value
-            return convert(value)
-        except Exception as error:
-            raise as_decode_error(error, what) from error
-
-    return read
 
 
 def _after(
@@ -727,7 +532,7 @@ def _after(
             await function(message)
         closers = getattr(message, "closers", None)
         if closers:
-            await _close_all(closers, None)
+            await close_all(closers, None)
 
     return after
 
@@ -735,157 +540,11 @@ def _after(
 def _around(bound: Bound, inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     around = bound.around
 
-    async def call(message: Message[Any], given: Mapping[str, Any]) -> Any:
-        return await around(message, lambda values: inner(message, {**given, **values}))
+    async def call(message: Message[Any], given: Mapping[str, Any] | None = None) -> Any:
+        outer = given or {}
+        return await around(message, lambda values: inner(message, {**outer, **values}))
 
     return call
-
-
-# What runs per message
-
-
-async def _finish_async(generator: AsyncGenerator[Any, None], error: BaseException | None) -> None:
-    try:
-        if error is None:
-            await anext(generator)
-        else:
-            await generator.athrow(error)
-    except StopAsyncIteration:
-        return
-    except BaseException as raised:
-        if raised is error:
-            return
-        raise
-    raise RuntimeError(f"the dependency {generator!r} yields more than once")
-
-
-def _finish(generator: Generator[Any, None, None], error: BaseException | None) -> None:
-    try:
-        if error is None:
-            next(generator)
-        else:
-            generator.throw(error)
-    except StopIteration:
-        return
-    except BaseException as raised:
-        if raised is error:
-            return
-        raise
-    raise RuntimeError(f"the dependency {generator!r} yields more than once")
-
-
-async def _close_all(closers: list[Any], error: BaseException | None) -> None:
-    """Run what stands behind the yields, the last opened first."""
-    while closers:
-        generator = closers.pop()
-        try:
-            if hasattr(generator, "__anext__"):
-                await _finish_async(generator, error)
-            else:
-                _finish(generator, error)
-        except BaseException as raised:
-            await _close_all(closers, raised)
-            raise
-
-
-def _runner(compiler: _Compiler, callee: _Callee, read: Callable[[Any], Any] | None) -> Callable[..., Awaitable[Any]]:
-    """The closure that turns a message into the handler's result."""
-    function, kind = callee.function, callee.kind
-    body_only = (
-        read is not None and not compiler.steps and not compiler.given and not callee.kwargs
-        and len(callee.template) == 1 and len(compiler.body) == 1 and kind == "async"
-        and compiler.site.decoder is None
-    )
-    if body_only:
-        reader = read
-
-        async def call_body(message: Message[Any]) -> Any:
-            return await function(reader(message))  # type: ignore[misc]
-
-        return call_body
-
-    names = list(compiler.given.items())
-    size, steps = compiler.size, compiler.steps
-    reading_waits = compiler.site.decoder is not None
-    template, dynamic, has_kwargs = callee.template, callee.dynamic, bool(callee.kwargs)
-
-    async def invoke(args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if kind == "async":
-            return await function(*args, **kwargs)
-        if kind == "thread":
-            return await asyncio.to_thread(function, *args, **kwargs)
-        return function(*args, **kwargs)
-
-    if kind == "async" and not steps and not names and not has_kwargs and not reading_waits:
-
-        async def call_flat(message: Message[Any]) -> Any:
-            values = [read(message)] if read is not None else []
-            args = template.copy()
-            for i, getter in dynamic:
-                args[i] = getter(message, values)
-            return await function(*args)
-
-        return call_flat
-
-    managed = any(c.kind.endswith("generator") for _, c, _ in steps)
-
-    async def prepare(message: Message[Any], given: Mapping[str, Any] | None) -> list[Any]:
-        values = [None] * size
-        if given is not None:
-            for name, i in names:
-                values[i] = given[name]
-        if read is not None:
-            value = read(message)
-            values[0] = await value if reading_waits else value
-        return values
-
-    if not managed:
-        plain = [(i, c.function, c.arguments, c.kind) for i, c, _ in steps]
-
-        async def call_steps(message: Message[Any], given: Mapping[str, Any] | None = None) -> Any:
-            values = await prepare(message, given)
-            for i, dependency, arguments, how in plain:
-                args, kwargs = arguments(message, values)
-                if how == "sync":
-                    values[i] = dependency(*args, **kwargs)
-                elif how == "async":
-                    values[i] = await dependency(*args, **kwargs)
-                else:
-                    values[i] = await asyncio.to_thread(dependency, *args, **kwargs)
-            args, kwargs = callee.arguments(message, values)
-            return await invoke(args, kwargs)
-
-        return call_steps
-
-    async def call_managed(message: Message[Any], given: Mapping[str, Any] | None = None) -> Any:
-        values = await prepare(message, given)
-        closers: list[Any] = []
-        kept: list[Any] = []
-        try:
-            for i, step, scope in steps:
-                args, kwargs = step.arguments(message, values)
-                made = step.function(*args, **kwargs)
-                if step.kind == "async":
-                    made = await made
-                elif step.kind == "async generator":
-                    generator, made = made, await anext(made)
-                    (kept if scope == "message" else closers).append(generator)
-                elif step.kind == "generator":
-                    generator, made = made, next(made)
-                    (kept if scope == "message" else closers).append(generator)
-                values[i] = made
-            args, kwargs = callee.arguments(message, values)
-            result = await invoke(args, kwargs)
-        except BaseException as error:
-            await _close_all(closers, error)
-            await _close_all(kept, error)
-            raise
-        await _close_all(closers, None)
-        if kept:
-            message.closers = kept
-        return result
-
-    return call_managed
 
 
 # Functions that are no handlers
@@ -899,11 +558,7 @@ def compile_function(
     callee = compiler.callee(function, thread=False)
     _raise(compiler.errors)
     body_type, default, _ = _body_layout(compiler)
-    read = _reader(site, body_type, default) if body_type is not MISSING else None
-    run = _runner(compiler, callee, read)
-    if not compiler.given and not compiler.steps and not callee.kwargs and callee.kind == "async":
-        return lambda message, values: run(message)
-    return run
+    return runner(compiler.recipe(callee, body_type, default))
 
 
 def compile_hook(
@@ -919,9 +574,7 @@ def compile_hook(
     return lambda message, error: run(message, {name: error})
 
 
-async def call_with(
-    function: Callable[..., Any], site: Site, extra: Mapping[str, Any]
-) -> Any:
+async def call_with(function: Callable[..., Any], site: Site, extra: Mapping[str, Any]) -> Any:
     """Call a hook: parameters by name from ``extra``, cast to their annotations; else filled.
 
     Raises:
@@ -930,15 +583,22 @@ async def call_with(
     params, _ = read_params(function)
     given: dict[str, Any] = {}
     for param in params:
-        if param.name in extra and not any(isinstance(m, Context) or is_dependency(m) for m in param.markers):
+        if param.name in extra and not any(
+            isinstance(m, Context) or is_dependency(m) for m in param.markers
+        ):
             try:
                 given[param.name] = converter(param.declared)(extra[param.name])
             except Exception as error:
                 raise SetupError(
                     f"the option {param.name!r} of {name_of(function)}(): {as_decode_error(error, 'value')}",
-                    code="MS112", where=where_is(function),
+                    code="MS112",
+                    where=where_is(function),
                 ) from error
-    run = compile_function(function, msgspec.structs.replace(site, name=name_of(function), where=where_is(function)), tuple(given))
+    run = compile_function(
+        function,
+        msgspec.structs.replace(site, name=name_of(function), where=where_is(function)),
+        tuple(given),
+    )
     return await run(current.get(), given)
 
 
@@ -957,7 +617,10 @@ def apply_types(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
     async def call(*args: Any, **kwargs: Any) -> Any:
         message = current.get()
         site = Site(
-            name=name_of(function), where=where_is(function), codec=JSON(), context=ContextRepo(),
+            name=name_of(function),
+            where=where_is(function),
+            codec=JSON(),
+            context=ContextRepo(),
             logger=default_logger("app"),
         )
         if message is not None and message.link.site is not None:

@@ -67,10 +67,16 @@ class Publication:
             for name in self.command.__struct_fields__
             if hasattr(spec, name) and getattr(spec, name) != getattr(plain, name)
         }
-        self.send: Send = broker.sender(spec.codec or scope.codec, (*scope.middlewares, *spec.middlewares))
+        self.send: Send = broker.sender(
+            spec.codec or scope.codec, (*scope.middlewares, *spec.middlewares)
+        )
         self.request: Send = broker.requester(
             spec.codec or scope.codec, (*scope.middlewares, *spec.middlewares)
         )
+        if broker.probe is not None:
+            codec = spec.codec or scope.codec
+            self.send = broker.probe.sending(publisher, codec, self.send)
+            self.request = broker.probe.sending(publisher, codec, self.request)
 
     def make(self, message: Any, overrides: Mapping[str, Any]) -> PublishCommand:
         """The command for one message; headers are added to the declared ones."""

@@ -67,10 +67,14 @@ class Retry(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise SetupError(
-                f"Retry(attempts={self.attempts})", code="MS110", fix="attempts counts the first run too: 1 or more"
+                f"Retry(attempts={self.attempts})",
+                code="MS110",
+                fix="attempts counts the first run too: 1 or more",
             )
         if isinstance(self.delay, int | float) and self.delay < 0:
-            raise SetupError(f"Retry(delay={self.delay})", code="MS110", fix="a delay is in seconds, 0 or more")
+            raise SetupError(
+                f"Retry(delay={self.delay})", code="MS110", fix="a delay is in seconds, 0 or more"
+            )
 
     def backoff(self, attempt: int) -> float:
         """Seconds to wait after the given attempt failed."""

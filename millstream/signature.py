@@ -15,7 +15,8 @@ from .params import MISSING, Param
 
 def unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function behind ``functools.wraps`` decorators and handlers."""
-    return inspect.unwrap(function)
+    unwrapped: Callable[..., Any] = inspect.unwrap(function)
+    return unwrapped
 
 
 def _target(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,7 +25,7 @@ def _target(function: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(function, functools.partial):
         return _target(function.func)
     if inspect.isclass(function):
-        return typing.cast("Callable[..., Any]", function.__init__)
+        return function.__init__
     if inspect.isroutine(function):
         return function
     return typing.cast("Callable[..., Any]", type(function).__call__)
@@ -82,7 +83,9 @@ def hints_of(
     """
     target = _target(function)
     try:
-        return typing.get_type_hints(target, localns=dict(local) if local else None, include_extras=True)
+        return typing.get_type_hints(
+            target, localns=dict(local) if local else None, include_extras=True
+        )
     except NameError as error:
         raise SignatureError(
             f"an annotation of {name_of(function)}() cannot be resolved: {error}",
@@ -132,7 +135,8 @@ def read_params(
         declared = hints.get(parameter.name, parameter.annotation)
         if declared is MISSING:
             declared = Any
-        annotation, markers = declared, ()
+        annotation: Any = declared
+        markers: tuple[Any, ...] = ()
         if typing.get_origin(declared) is typing.Annotated:
             annotation, *extras = typing.get_args(declared)
             markers = tuple(extras)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import StateError
+
+if TYPE_CHECKING:
+    from .codec import Codec
+    from .driver import Sink
+    from .middleware import Send
+    from .publisher import Publisher
 
 
 class Spy(Protocol):
@@ -16,6 +22,19 @@ class Spy(Protocol):
     def assert_called_with(self, body: Any, /, **details: Any) -> None: ...
     def assert_any_call(self, body: Any, /, **details: Any) -> None: ...
     async def wait_call(self, timeout: float = 3.0) -> None: ...
+
+
+class Probe(Protocol):
+    """What a test broker puts around deliveries and publications while it runs."""
+
+    def around(self, deliver: Sink, /) -> Sink:
+        """The delivery that replaces ``deliver``."""
+
+    def failed(self, error: BaseException, /) -> None:
+        """The delivery that runs failed with an error that nothing inside handled."""
+
+    def sending(self, publisher: Publisher, codec: Codec, send: Send, /) -> Send:
+        """The send that replaces a declared publisher's."""
 
 
 class Spied:

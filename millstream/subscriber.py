@@ -49,7 +49,9 @@ def as_handler(function: Callable[..., Any], depth: int) -> Handler[..., Any]:
     if isinstance(function, Handler):
         return function
     if not callable(function):
-        raise SetupError(f"{function!r} is not a function", code="MS125", fix="put the decorator on a function")
+        raise SetupError(
+            f"{function!r} is not a function", code="MS125", fix="put the decorator on a function"
+        )
     if inspect.isclass(function):
         raise SetupError(f"{function.__name__} is a class, not a function", code="MS125")
     return Handler(function, depth + 1)
@@ -156,7 +158,9 @@ class Subscriber:
 
     def _started(self) -> list[Subscription]:
         if not self.running:
-            raise StateError(f"the subscription of {self.spec.destination!r} is not started", wanted="running")
+            raise StateError(
+                f"the subscription of {self.spec.destination!r} is not started", wanted="running"
+            )
         return self.running
 
     async def __aenter__(self) -> Subscriber:

@@ -65,7 +65,9 @@ class _NotYet:
         self.link = link
         self.ready = asyncio.Event()
 
-    async def settle(self, raw: Any, how: Settlement, delay: float | None, /, **options: Any) -> None:
+    async def settle(
+        self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
+    ) -> None:
         await self.ready.wait()
         assert self.link.intake is not None
         await self.link.intake.settle(raw, how, delay, **options)
@@ -124,7 +126,9 @@ class Subscription:
         asked = spec.retry or scope.retry
         self.retry: Retry = asked or DEFAULT_RETRY
         #: Retried at all: by default where the source can redeliver, elsewhere only if asked for.
-        self.retries = self.policy is AckPolicy.RETRY and (Capability.NACK in can or asked is not None)
+        self.retries = self.policy is AckPolicy.RETRY and (
+            Capability.NACK in can or asked is not None
+        )
         where = self.retry.where
         if where == "auto":
             delayed = Capability.NACK_DELAY in can and spec.ordered_by is None
@@ -169,18 +173,20 @@ class Subscription:
             raise SetupError(
                 f"{len(plain)} handlers of one subscription take every message: "
                 + ", ".join(f"{e.handler.name} ({e.handler.where})" for e in plain),
-                code="MS126", where=where,
+                code="MS126",
+                where=where,
                 fix="give all but the last a filter=..., or declare a subscriber for each",
             )
-        if len(table) == 1 and table[0][0].filter is None:
-            entry, call, respond = table[0]
-        else:
-            entry, call, respond = entries[0] if entries else None, self._choose(table), None
-        parser = spec.parser or (entry.parser if entry else None) or self.scope.parser
+        _, call, respond = table[0]
+        if len(table) > 1 or entries[0].filter is not None:
+            call, respond = self._choose(table), None
+        parser = entries[0].parser or spec.parser or self.scope.parser
         after = next((p.after for p in self.plans if p.after is not None), None)
         if self.retry_here:
             call = self._retrying(call)
         self.deliver: Sink = self._deliverer(call, respond, parser, after)
+        if self.broker.probe is not None:
+            self.deliver = self.broker.probe.around(self.deliver)
         self._seen_overrides = dict(self.broker.dependency_overrides)
         if any(plan.has_dependencies for plan in self.plans):
             self.deliver = self._watching_overrides(self.deliver)
@@ -190,7 +196,11 @@ class Subscription:
         if spec.lanes < 1:
             raise SetupError(f"concurrency={spec.lanes}", code="MS127", fix="1 or more")
         said = spec.ack_policy or self.scope.ack_policy
-        if spec.ack_policy is not None and Capability.ACK not in can and said not in (AckPolicy.MANUAL, AckPolicy.ACK_FIRST):
+        if (
+            spec.ack_policy is not None
+            and Capability.ACK not in can
+            and said not in (AckPolicy.MANUAL, AckPolicy.ACK_FIRST)
+        ):
             raise CapabilityError(
                 f"{spec.destination!r} cannot acknowledge, so ack_policy={said} has no meaning",
                 fix="leave ack_policy out, or subscribe to a source that stores its messages",
@@ -203,7 +213,9 @@ class Subscription:
         if spec.ordered_by is not None and spec.batch is not None:
             raise SetupError("ordered_by and batch exclude each other", code="MS128")
 
-    def _process(self, entry: Entry) -> tuple[Call, Callable[[Message[Any], Any], Awaitable[None]] | None]:
+    def _process(
+        self, entry: Entry
+    ) -> tuple[Call, Callable[[Message[Any], Any], Awaitable[None]] | None]:
         """The folded call of one handler, and what publishes its result."""
         handler, scope, spec, broker = entry.handler, self.scope, self.spec, self.broker
         site = Site(
@@ -232,7 +244,9 @@ class Subscription:
         call = plan.call
         if spec.handler_timeout is not None:
             call = _timed(call, spec.handler_timeout)
-        call = fold_consume((*scope.middlewares, *spec.middlewares, *broker.test_middlewares), call, site)
+        call = fold_consume(
+            (*scope.middlewares, *spec.middlewares, *broker.test_middlewares), call, site
+        )
         publications = [p.publication(scope.chain) for p in handler.publishers]
         replies = Capability.REPLY in spec.capabilities and not spec.no_reply and spec.batch is None
         self._link.site = site
@@ -305,7 +319,11 @@ class Subscription:
                     if not retry.again(error, attempt):
                         raise
                     delay = retry.backoff(attempt)
-                    self._log_failure(message, error, f"attempt {attempt} of {retry.attempts} failed, again in {delay:.3g} s")
+                    self._log_failure(
+                        message,
+                        error,
+                        f"attempt {attempt} of {retry.attempts} failed, again in {delay:.3g} s",
+                    )
                     await clock.sleep(delay)
                     attempt += 1
 
@@ -373,7 +391,9 @@ class Subscription:
                         try:
                             await link.intake.settle(raw, success, None)  # type: ignore[union-attr]
                         except Exception as error:
-                            log_error(self.broker.logger, f"{self.name}: cannot settle: {error}", error)
+                            log_error(
+                                self.broker.logger, f"{self.name}: cannot settle: {error}", error
+                            )
                 self.handled += 1
             except asyncio.CancelledError:
                 await self._abandoned(message)
@@ -399,7 +419,11 @@ class Subscription:
         try:
             await after(message)
         except Exception as error:
-            log_error(self.broker.logger, f"{self.name}: after the message: {type(error).__name__}: {error}", error)
+            log_error(
+                self.broker.logger,
+                f"{self.name}: after the message: {type(error).__name__}: {error}",
+                error,
+            )
 
     async def _abandoned(self, message: Message[Any]) -> None:
         """A handler was cancelled at the end of the drain: hand its message back."""
@@ -418,7 +442,9 @@ class Subscription:
         except Exception as second:
             # The broker is away or refuses: unsettled messages come back by its deadline.
             log_error(
-                self.broker.logger, f"{self.name}: cannot settle after {type(error).__name__}: {second}", second
+                self.broker.logger,
+                f"{self.name}: cannot settle after {type(error).__name__}: {second}",
+                second,
             )
 
     async def _fail(self, message: Message[Any], error: BaseException) -> None:
@@ -434,6 +460,8 @@ class Subscription:
                 self.broker.stop_application()
             return
         self.failures += 1
+        if self.broker.probe is not None:
+            self.broker.probe.failed(error)
         if isinstance(error, DecodeError) and isinstance(message, BatchMessage):
             if await self._split(message, error):
                 return
@@ -441,9 +469,15 @@ class Subscription:
         attempt = message.attempt
         if message.settled is not None:
             self._log_failure(message, error, "failed after it was settled")
-        elif self.retries and not self.retry_here and not poison and self.retry.again(error, attempt):
+        elif (
+            self.retries and not self.retry_here and not poison and self.retry.again(error, attempt)
+        ):
             delay = self.retry.backoff(attempt)
-            self._log_failure(message, error, f"attempt {attempt} of {self.retry.attempts} failed, again in {delay:.3g} s")
+            self._log_failure(
+                message,
+                error,
+                f"attempt {attempt} of {self.retry.attempts} failed, again in {delay:.3g} s",
+            )
             await message.settle(_NACK, delay)
             return
         elif self.dead_letter is not None and (poison or self.policy is AckPolicy.RETRY):
@@ -452,10 +486,12 @@ class Subscription:
             how = self.row.decode_error if poison else self.row.error
             if self.policy is AckPolicy.RETRY and how is _NACK:
                 how = self.last_resort
-            delay = self.retry.backoff(attempt) if how is _NACK else None
-            self._log_failure(message, error, _OUTCOMES[how] if self.row is not UNSETTLED else "failed, dropped")
+            wait = self.retry.backoff(attempt) if how is _NACK else None
+            self._log_failure(
+                message, error, _OUTCOMES[how] if self.row is not UNSETTLED else "failed, dropped"
+            )
             if how is not _NONE:
-                await message.settle(how, delay)
+                await message.settle(how, wait)
         await self._answer_failure(message, error)
 
     async def _settle_as_told(self, message: Message[Any], error: HandlerException) -> None:
@@ -498,7 +534,9 @@ class Subscription:
         driver = self.broker.driver
         try:
             if self._dead_letter_address is None:
-                self._dead_letter_address = await driver.dead_letter(self.spec, self.dead_letter.destination)
+                self._dead_letter_address = await driver.dead_letter(
+                    self.spec, self.dead_letter.destination
+                )
             for single in messages:
                 if single.settled is not None:
                     continue
@@ -518,11 +556,19 @@ class Subscription:
                 self.dead_lettered += 1
         except Exception as second:
             delay = self.retry.backoff(attempt)
-            self._log_failure(message, error, f"failed, and its dead letter too ({second}); again in {delay:.3g} s")
+            self._log_failure(
+                message,
+                error,
+                f"failed, and its dead letter too ({second}); again in {delay:.3g} s",
+            )
             if Capability.NACK in self.spec.capabilities:
                 await message.settle(_NACK, delay)
             return
-        self._log_failure(message, error, f"failed for good after attempt {attempt}, now in {self._dead_letter_address}")
+        self._log_failure(
+            message,
+            error,
+            f"failed for good after attempt {attempt}, now in {self._dead_letter_address}",
+        )
 
     def _cause(self, message: Message[Any], error: BaseException, attempt: int) -> dict[str, str]:
         cause = {
@@ -585,7 +631,9 @@ class Subscription:
             sink = self._deliver_now
         await self._subscribe(sink)
         if spec.ack_wait is not None and Capability.TOUCH in spec.capabilities:
-            self._keeper = asyncio.create_task(self._keep(spec.ack_wait / 2), name=f"{self.name}-keeper")
+            self._keeper = asyncio.create_task(
+                self._keep(spec.ack_wait / 2), name=f"{self.name}-keeper"
+            )
 
     async def _deliver_now(self, raw: Any) -> None:
         await self.deliver(raw)
@@ -629,7 +677,11 @@ class Subscription:
         """The driver gave the subscription up: build it anew, again and again."""
         if self.state in (SubscriptionState.RUNNING, SubscriptionState.STARTING):
             self.state = SubscriptionState.RETRYING
-            log_line(self.broker.logger, "warning", f"{self.name}: lost {self.spec.destination}: {error}; subscribing anew")
+            log_line(
+                self.broker.logger,
+                "warning",
+                f"{self.name}: lost {self.spec.destination}: {error}; subscribing anew",
+            )
             self._recovery = asyncio.create_task(self._recover(), name=f"{self.name}-recovery")
 
     async def _recover(self) -> None:
@@ -659,7 +711,11 @@ class Subscription:
                     try:
                         await message.in_progress()
                     except Exception as error:
-                        log_line(self.broker.logger, "warning", f"{self.name}: cannot extend a deadline: {error}")
+                        log_line(
+                            self.broker.logger,
+                            "warning",
+                            f"{self.name}: cannot extend a deadline: {error}",
+                        )
             seen = set(self._running)
 
     async def pause(self) -> None:
@@ -721,7 +777,9 @@ class Subscription:
         handled = self.handled
         try:
             async with asyncio.timeout(None) as self._limit:
-                timer = self.broker.clock.call_later(max(deadline - self.broker.clock.now(), 0.0), self.hurry)
+                timer = self.broker.clock.call_later(
+                    max(deadline - self.broker.clock.now(), 0.0), self.hurry
+                )
                 try:
                     await self._stop_intake()
                 finally:
@@ -816,7 +874,9 @@ class Subscription:
             "handled": self.handled,
             "failed": self.failures,
             "dead_lettered": self.dead_lettered,
-            "seconds_since_last_message": round(now - self.last_message, 3) if self.last_message else None,
+            "seconds_since_last_message": round(now - self.last_message, 3)
+            if self.last_message
+            else None,
         }
 
 

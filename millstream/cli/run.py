@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import inspect
 import logging
-import os
 import signal
-import socket
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from .. import logging as setup
-from ..broker import Broker
+from ..app import Millstream
 from ..errors import ConnectError, MillstreamError, SetupError
-from .child import Answer, Channel, Hello
-from .options import RunOptions, split_known
+from .child import Channel, Hello
+from .options import RunOptions
 from .output import fail
-from .sockets import BindError, listen, url_of
+from .sockets import BindError
 from .target import Target, TargetError, UserCodeError, brokers_of, find, own_traceback
 
 log = logging.getLogger("millstream.run")
@@ -47,10 +42,18 @@ def execute(options: RunOptions, channel: Channel | None = None) -> int:
         return fail(error, USAGE)
     except UserCodeError as error:
         return fail(f"{options.target} failed\n{error}")
-    except (SetupError, ConnectError, BindError) as error:
-        return fail(error)
     except Exception as error:
-        return fail(f"{options.target} failed\n{own_traceback(error)}")
+        return fail(problem(options.target, error))
+
+
+def problem(target: str, error: Exception) -> str:
+    """An error for people: its text where that says all, else with the user's frames."""
+    if isinstance(error, SetupError | ConnectError | BindError):
+        return str(error)
+    trace = own_traceback(error)
+    if isinstance(error, MillstreamError) and "\n  File " not in trace:
+        return str(error)
+    return f"{target} failed\n{trace}"
 
 
 def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -86,136 +89,46 @@ def configure_logging(options: RunOptions) -> None:
         logging.getLogger().setLevel(setup.level_of(level))
 
 
-async def _run(build: Callable[[], Any], options: RunOptions, channel: Channel | None) -> int:
-    target: Target = await build()
+async def _run(
+    build: Callable[[], Awaitable[Target]], options: RunOptions, channel: Channel | None
+) -> int:
+    target = await build()
     try:
         configure_logging(options)
     except SetupError as error:
         return fail(error, USAGE)
     brokers = brokers_of(target.object)
-    grace = max((_grace(broker) for broker in brokers), default=15.0)
+    grace = max((broker.graceful_timeout for broker in brokers), default=15.0)
     hello = Hello(target.title, target.kind == "asgi", [b.driver.describe() for b in brokers])
     hello.grace, hello.docs = grace, getattr(target.object, "docs_url", None) or ""
     if target.kind == "asgi":
-        return await _serve(target, options, channel, hello)
+        try:
+            from .serve import serve
+        except ImportError:
+            raise SetupError(
+                f"{target.title} speaks HTTP and needs a server", fix="pip install uvicorn"
+            ) from None
+        return OK if await serve(target, brokers, options, channel, hello) else FAILED
     if channel is not None:
         channel.hello(hello)
         channel.watch()
     return await _run_app(target, options, channel)
 
 
-def _grace(broker: Broker) -> float:
-    value = getattr(broker, "graceful_timeout", None)
-    return 15.0 if value is None else float(value)
-
-
 async def _run_app(target: Target, options: RunOptions, channel: Channel | None) -> int:
     app = target.app
     if channel is not None:
         app.after_startup(channel.ready)
-    await app.run(**options.startup())
+    startup = options.startup()
+    for name in _unused(app, startup):
+        log.warning("no start-up hook takes --%s", name.replace("_", "-"))
+    await app.run(**startup)
     return OK
 
 
-async def _serve(
-    target: Target, options: RunOptions, channel: Channel | None, hello: Hello
-) -> int:
-    try:
-        import uvicorn
-    except ImportError:
-        raise SetupError(
-            f"{target.title} speaks HTTP and needs a server", fix="pip install uvicorn"
-        ) from None
-    extra, others = split_known(options.startup(), uvicorn.Config)
-    for own in ("host", "port", "uds", "worker_id"):
-        extra.pop(own, None)
-        others.pop(own, None)
-    start = getattr(target.object, "startup_options", None)
-    if isinstance(start, dict):  # our own AsgiApp passes them to its application
-        start |= others | {"worker_id": options.worker_id}
-    elif others:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
-        raise TargetError(f"{target.title} takes no {names}")
-    answer: Answer | None = None
-    sock: socket.socket | None = None
-    if channel is not None:
-        answer, sock = channel.hello(hello)
-        channel.watch()
-    if sock is None:
-        port = 8000 if options.port is None else options.port
-        sock = listen(options.host or "127.0.0.1", port, options.uds)
-    scheme = "https" if extra.get("ssl_certfile") else "http"
-    url = url_of(sock, scheme)
-
-    lifespan = _Lifespan(target.object)
-    settings: dict[str, Any] = {"timeout_graceful_shutdown": int(hello.grace) + 1} | extra
-    config = uvicorn.Config(
-        lifespan, log_config=None, interface="asgi3", **settings
-    )
-
-    class Server(uvicorn.Server):
-        """Stops on the first signal and gives up on the second, whichever they are."""
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.started and channel is not None:
-                channel.ready()
-            elif self.started:
-                log.info("%s on %s", target.title, url)
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if self.should_exit or not self.started:
-                self.force_exit = True
-                loop.call_soon_threadsafe(task.cancel)
-            self.should_exit = True
-
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    server = Server(config)
-    try:
-        await server.serve(sockets=[sock])
-    except SystemExit as stop:  # uvicorn's way to say that the start failed
-        if lifespan.error is None:
-            return FAILED if stop.code else OK
-    finally:
-        sock.close()
-        if options.uds and channel is None:
-            with contextlib.suppress(OSError):
-                os.unlink(options.uds)
-    if lifespan.error is not None:
-        raise lifespan.error
-    return OK if server.started else FAILED
-
-
-class _Lifespan:
-    """The application, with a short message in place of a traceback where its start fails.
-
-    Frameworks put the whole traceback into ``lifespan.startup.failed`` and then raise the
-    error itself: what the user needs is the error.
-    """
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-        self.error: BaseException | None = None
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "lifespan":
-            await self.app(scope, receive, send)
-            return
-        failed: dict[str, Any] = {}
-
-        async def hold(message: dict[str, Any]) -> None:
-            if message["type"] == "lifespan.startup.failed":
-                failed.update(message)
-            else:
-                await send(message)
-
-        try:
-            await self.app(scope, receive, hold)
-        except Exception as error:
-            if not failed:
-                raise  # the application knows no lifespan
-            self.error = error
-            failed["message"] = ""
-        if failed:
-            await send(failed)
+def _unused(app: Millstream, startup: dict[str, Any]) -> list[str]:
+    """The options that neither the lifespan nor a hook has a parameter for."""
+    hooks = [*app._hooks["on_startup"], *app._hooks["after_startup"]]
+    hooks += [app.lifespan] if app.lifespan is not None else []
+    taken = {name for hook in hooks for name in inspect.signature(hook).parameters}
+    return [name for name in startup if name not in taken and name != "worker_id"]

@@ -26,6 +26,8 @@ from ..broker import Broker
 from ..endpoints import Router
 from ..errors import MillstreamError
 
+RUNNABLE = ("app", "broker", "asgi")
+
 
 class TargetError(MillstreamError):
     """What was asked for on the command line does not exist or cannot be run."""
@@ -90,7 +92,7 @@ class Found(msgspec.Struct, frozen=True):
             except Exception as error:
                 raise UserCodeError(error) from error
             kind = kind_of(thing)
-        if kind in ("app", "broker", "asgi"):
+        if kind in RUNNABLE:
             return Target(self.name, kind, thing)
         called = f"{self.name}() returned" if thing is not self.object else f"{self.name} is"
         raise TargetError(f"{called} {_explain(thing, kind)}{_candidates_text(self.module)}")
@@ -195,9 +197,10 @@ def _candidates(module: ModuleType) -> dict[str, Any]:
     for name, thing in vars(module).items():
         # A function counts where it was written, not where it was imported to.
         foreign = isinstance(thing, FunctionType) and thing.__module__ != module.__name__
-        if not name.startswith("_") and not foreign and kind_of(thing) in ("app", "broker", "asgi"):
-            if not any(thing is other for other in found.values()):
-                found[name] = thing
+        if name.startswith("_") or foreign or kind_of(thing) not in RUNNABLE:
+            continue
+        if not any(thing is other for other in found.values()):
+            found[name] = thing
     return found
 
 
@@ -218,9 +221,7 @@ def _functions(module: ModuleType) -> list[str]:
     ]
 
 
-def _candidates_text(
-    module: ModuleType, names: list[str] | None = None, *, near: str = ""
-) -> str:
+def _candidates_text(module: ModuleType, names: list[str] | None = None, *, near: str = "") -> str:
     found = _candidates(module)
     names = list(found) if names is None else names
     if close := difflib.get_close_matches(near, names, 1) if near else []:
@@ -346,7 +347,7 @@ def _prune(shown: traceback.TracebackException) -> None:
     own, installed = [], []
     for frame in shown.stack:
         file = frame.filename
-        if file.startswith(("<frozen", str(Path(__file__).parents[1]))):
+        if file.startswith(("<frozen", str(Path(__file__).parents[1]))) or file.endswith(".pyx"):
             continue
         if file.startswith(packages):
             installed.append(frame)

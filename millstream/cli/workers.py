@@ -131,7 +131,7 @@ class Worker:
             log.error("%s, %d times in a row; giving up", what, self.deaths)
             boss.stop(FAILED)
         else:
-            delay = min(BACKOFF * 2 ** (self.deaths - 1), BACKOFF_CAP)
+            delay: float = min(BACKOFF * 2 ** (self.deaths - 1), BACKOFF_CAP)
             log.warning("%s; a new one starts in %g s", what, delay)
             return delay
         return None

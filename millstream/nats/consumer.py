@@ -51,7 +51,9 @@ def _join(first: str, filters: Iterable[str]) -> str:
     subjects = "-".join(f.replace("*", "any").replace(">", "all") for f in filters)
     name = re.sub(r"[^\w-]+", "_", f"{first}-{subjects}".rstrip("-"))
     # Long names become folder names on the server; a digest keeps them apart.
-    return name if len(name) <= 64 else f"{name[:51]}-{hashlib.sha1(name.encode()).hexdigest()[:12]}"
+    return (
+        name if len(name) <= 64 else f"{name[:51]}-{hashlib.sha1(name.encode()).hexdigest()[:12]}"
+    )
 
 
 class Consumer:
@@ -85,7 +87,10 @@ class Consumer:
         Raises:
             SetupError: the server refuses it, or there is one that cannot be used.
         """
-        stream = await self.driver.streams.ensure(self.stream)
+        if self.spec.watch is not None:
+            stream = await self.driver.stores.ensure(self.spec)
+        else:
+            stream = await self.driver.streams.ensure(self.stream)
         known, created = self._stream_created, str(stream.get("created", ""))
         self._stream_created = created
         if not self.name:

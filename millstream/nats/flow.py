@@ -112,7 +112,7 @@ class Flow:
         if sub is not None:
             with suppress(NatsError, TimeoutError):
                 async with asyncio.timeout(LEAVE):
-                    await sub.drain()
+                    await sub.drain()  # type: ignore[no-untyped-call]
 
     async def _finish(self) -> None:
         """Let the task end by itself; the sink's present call may be the caller."""

@@ -72,7 +72,9 @@ class StreamFlow(Flow):
                 await self.driver.send(reply, ACK)
         elif how is Settlement.NACK:
             self.returned.add(_sequence(reply))
-            await self.driver.send(reply, NAK if not delay else b'%b {"delay": %d}' % (NAK, delay * 1e9))
+            await self.driver.send(
+                reply, NAK if not delay else b'%b {"delay": %d}' % (NAK, delay * 1e9)
+            )
             self.open.pop(reply, None)
             return
         elif how is Settlement.REJECT:
@@ -324,7 +326,9 @@ class PullFlow(StreamFlow):
             if not self.paused:
                 self.driver.spawn(self._refill())
         elif code == "400":
-            self._fail(SetupError(f"the server refuses to deliver: {text}", fix="check the consumer"))
+            self._fail(
+                SetupError(f"the server refuses to deliver: {text}", fix="check the consumer")
+            )
         else:
             # 409 deleted, leadership change, shutdown, too many requests; 503 nobody there.
             self._failures = max(self._failures, 1)

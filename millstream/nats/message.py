@@ -127,7 +127,8 @@ class NatsKvMessage(Message[KeyValue.Entry]):
 
     @property
     def timestamp(self) -> datetime | None:
-        return self.raw.created
+        created: Any = self.raw.created  # a datetime, whatever nats-py's annotation says
+        return created if isinstance(created, datetime) else None
 
 
 class NatsObjMessage(Message[ObjectInfo]):

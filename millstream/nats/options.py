@@ -293,7 +293,7 @@ class NatsSubscription(NatsOptions, frozen=True):
         pull = self.pull
         if pull is not None and pull.batch_size is not None and self.batch is None:
             return max(pull.batch_size, 1)
-        return SubscriptionSpec.prefetch.__get__(self)
+        return super().prefetch
 
     def check(self) -> None:
         if self.subject and self.obj is None:
@@ -341,7 +341,7 @@ class NatsSubscription(NatsOptions, frozen=True):
         config = self.config
         if config is not None and config.ack_policy is AckPolicy.ALL and self.lanes > 1:
             raise SetupError(
-                f"AckPolicy.ALL with {self.lanes} messages at once would acknowledge unhandled ones",
+                f"AckPolicy.ALL with {self.lanes} messages at once acknowledges unhandled ones",
                 fix="set concurrency=1 or ack_policy=AckPolicy.EXPLICIT in the ConsumerConfig",
             )
         names = {self.durable, config and config.durable_name, config and config.name}
@@ -356,7 +356,9 @@ class NatsSubscription(NatsOptions, frozen=True):
         given = [name for name in names if getattr(self, name)]
         if given:
             what = f"{kind} cannot be combined with {', '.join(given)}"
-            raise SetupError(what, fix=f"add {needed}=, or leave them out" if needed else "choose one")
+            raise SetupError(
+                what, fix=f"add {needed}=, or leave them out" if needed else "choose one"
+            )
 
 
 class NatsPublication(PublicationSpec, frozen=True):

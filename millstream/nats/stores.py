@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 from nats.aio.msg import Msg
 from nats.js.api import KeyValueConfig, ObjectInfo, ObjectStoreConfig
-from nats.js.errors import BadBucketError, BucketNotFoundError, Error, InvalidBucketNameError
+from nats.js.errors import (
+    BadBucketError,
+    BucketNotFoundError,
+    Error,
+    InvalidBucketNameError,
+    NotFoundError,
+)
 from nats.js.kv import KeyValue
 from nats.js.object_store import ObjectStore
 
@@ -35,6 +41,16 @@ class Stores:
             await self.key_value(spec.kv.name, declare=spec.kv.declare)
         elif spec.obj is not None:
             await self.object_storage(spec.subject, declare=spec.obj.declare)
+
+    async def ensure(self, spec: NatsSubscription) -> dict[str, Any]:
+        """The description of a watched store's stream; a store that vanished is made again."""
+        stream = spec.stream_name or ""
+        try:
+            return await self.driver.streams.info(stream)
+        except NotFoundError:
+            self.opened.pop(stream, None)
+            await self.declare(spec)
+            return await self.driver.streams.info(stream)
 
     async def key_value(self, bucket: str, *, declare: bool = True, **settings: Any) -> KeyValue:
         opened = await self._open("key_value", f"KV_{bucket}", bucket, declare, settings)
@@ -94,7 +110,7 @@ def entry_of(msg: Msg, watch: KvWatch) -> KeyValue.Entry | None:
         value=msg.data,
         revision=meta.sequence.stream,
         delta=meta.num_pending,
-        created=meta.timestamp,
+        created=cast(Any, meta.timestamp),
         operation=operation,
     )
 

@@ -105,13 +105,8 @@ class Streams:
         try:
             return await self.info(name)
         except NotFoundError:
-            await self._realise(self.wanted.get(name) or self._unknown(name))
+            await self._realise(self.wanted.get(name) or Wanted(name))
             return await self.info(name)
-
-    def _unknown(self, name: str) -> Wanted:
-        wanted = Wanted(name)
-        wanted.declare = False  # a store's stream: its own declaration creates it
-        return wanted
 
     async def info(self, name: str) -> dict[str, Any]:
         """The stream's description, in the words of the JetStream API."""

@@ -16,6 +16,7 @@ import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +31,7 @@ from tests.cost.fake import FakeBroker, Raw
 TABLE = Path(__file__).with_name("calls.json")
 BODY = b'{"id": 7, "amount": 12.5}'
 
-#: The broker, and the coroutine function that handles one message.
+#: Makes a broker with one subscriber.
 Shape = Callable[[], FakeBroker]
 
 
@@ -167,7 +168,7 @@ def drive(coroutine: Coroutine[Any, Any, Any]) -> None:
 
 
 def count(work: Callable[[], Coroutine[Any, Any, Any]]) -> dict[str, int]:
-    """Calls while one coroutine runs to its end; its own frame is the first of them."""
+    """Calls from making the coroutine to its end."""
     counts = {"python": 0, "c": 0}
 
     def profile(frame: Any, event: str, arg: Any) -> None:
@@ -176,11 +177,9 @@ def count(work: Callable[[], Coroutine[Any, Any, Any]]) -> dict[str, int]:
         elif event == "c_call":
             counts["c"] += 1
 
-    coroutine = work()
-    send = coroutine.send
     sys.setprofile(profile)
     try:
-        send(None)
+        work().send(None)
     except StopIteration:
         pass
     finally:
@@ -192,11 +191,11 @@ def count(work: Callable[[], Coroutine[Any, Any, Any]]) -> dict[str, int]:
 
 def deliver(broker: FakeBroker) -> Callable[[], Coroutine[Any, Any, Any]]:
     sink: Any = broker.driver.sinks[0]  # type: ignore[attr-defined]
-    return lambda: sink(Raw(BODY))
+    return partial(sink, Raw(BODY))
 
 
 def publish(broker: FakeBroker) -> Callable[[], Coroutine[Any, Any, Any]]:
-    return lambda: broker.publish({"id": 7}, "out")  # type: ignore[return-value]
+    return partial(broker.publish, {"id": 7}, "out")
 
 
 async def measure(shape: Shape, work: Callable[..., Any] = deliver) -> dict[str, int]:

@@ -1,0 +1,126 @@
+"""The body: which parameters share it, and the function that decodes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from .codec import as_decode_error, converter, decode_any, uses_pydantic
+from .errors import SetupError, SignatureError
+from .params import MISSING, Param
+from .signature import read_params
+
+if TYPE_CHECKING:
+    from .plan import Site
+
+
+def element(annotation: Any) -> Any:
+    """The type of one item of a batch."""
+    args = getattr(annotation, "__args__", None)
+    return args[0] if args else Any
+
+
+def fields_type(body: Mapping[str, Param]) -> Any:
+    """One object type whose fields are the parameters that share a body."""
+    if any(uses_pydantic(p.declared) for p in body.values()):
+        from pydantic import create_model
+
+        fields: dict[str, Any] = {
+            p.name: (p.declared, ... if p.default is MISSING else p.default) for p in body.values()
+        }
+        return create_model("Body", **fields)
+    return msgspec.defstruct(
+        "Body",
+        [
+            (p.name, p.declared)
+            if p.default is MISSING
+            else (p.name, p.declared, _field_default(p.default))
+            for p in sorted(body.values(), key=lambda p: p.default is not MISSING)
+        ],
+    )
+
+
+def _field_default(value: Any) -> Any:
+    return msgspec.field(default_factory=lambda: value)
+
+
+def reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
+    """The function from a message to the decoded body."""
+    what = f"the body of a message for {site.name}"
+    codec = site.codec
+    spec = site.spec
+    if spec is not None and spec.batch is not None:
+        read_one = reader(single(site), element(type_), MISSING)
+        return lambda message: [read_one(m) for m in message.messages]
+    if type_ is Any or type_ is object:
+
+        def read_any(message: Any) -> Any:
+            try:
+                return decode_any(codec, message.body, message.content_type)
+            except Exception as error:
+                raise as_decode_error(error, what) from error
+
+        return read_any
+    try:
+        decode = codec.decoder(type_)
+    except SetupError as error:
+        raise SignatureError(
+            error.what,
+            where=f"{site.name} ({site.where})",
+            fix=error.fix or "annotate the body with a type that can be decoded",
+        ) from error
+    optional = default is not MISSING or _allows_none(type_)
+    fallback = None if default is MISSING else default
+
+    def read(message: Any) -> Any:
+        try:
+            return decode(message.body)
+        except Exception as error:
+            if not message.body and optional:
+                return fallback
+            raise as_decode_error(error, what) from error
+
+    return read
+
+
+def _allows_none(type_: Any) -> bool:
+    return type_ is None or type(None) in getattr(type_, "__args__", ())
+
+
+def single(site: Site) -> Site:
+    """The same site without its batch."""
+    assert site.spec is not None
+    return msgspec.structs.replace(site, spec=msgspec.structs.replace(site.spec, batch=None))
+
+
+def empty_default(body: Mapping[str, Param]) -> Any:
+    """What stands for an empty body where every field has a default."""
+    if any(p.default is MISSING for p in body.values()):
+        return MISSING
+    return fields_type(body)()
+
+
+def custom_reader(site: Site, type_: Any) -> Callable[[Any], Any]:
+    """The user's own decoder, then a conversion to the annotation."""
+    decoder = site.decoder
+    assert decoder is not None
+    two = len([p for p in read_params(decoder)[0] if p.default is MISSING]) >= 2
+    convert = converter(type_)
+    plain = reader(site, Any, MISSING)
+    what = f"the body of a message for {site.name}"
+
+    async def original(message: Any) -> Any:
+        return plain(message)
+
+    async def read(message: Any) -> Any:
+        try:
+            value = decoder(message, original) if two else decoder(message)
+            if hasattr(value, "__await__"):
+                value = await value
+            return convert(value)
+        except Exception as error:
+            raise as_decode_error(error, what) from error
+
+    return read

@@ -1,0 +1,177 @@
+"""How to reach a NATS cluster: addresses, options, and what an error means."""
+
+from __future__ import annotations
+
+import random
+import re
+import ssl
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from nats.aio.client import Client, Server
+from nats.errors import Error as NatsError
+
+from ..errors import ConnectError, MissingExtra, SetupError
+from .security import NatsSecurity, guarded
+
+#: Options of nats-py that name a secret or a way to get one, in place of ``security=``.
+_SECRETS = ("user", "password", "token", "signature_cb", "user_jwt_cb")
+
+
+def addresses(servers: str | Sequence[str]) -> list[str]:
+    """The servers' addresses, checked.
+
+    Raises:
+        SetupError: one of them is not an address.
+    """
+    given = servers.split(",") if isinstance(servers, str) else list(servers)
+    urls = [url.strip() for url in given if url.strip()]
+    if not urls:
+        raise SetupError("no server's address", fix='give one, such as "nats://localhost:4222"')
+    for i, url in enumerate(urls):
+        if "://" not in url:
+            urls[i] = url = f"nats://{url}"
+        try:
+            parts = urlsplit(url)
+            ok = parts.hostname and parts.scheme in ("nats", "tls", "ws", "wss") and parts.port != 0
+        except ValueError:
+            ok = False
+        if not ok:
+            raise SetupError(
+                f"{without_secrets(url)!r} is not a server's address",
+                fix="write nats://host:4222 (or tls://, ws://, wss://)",
+            )
+    return urls
+
+
+def without_secrets(url: str) -> str:
+    """The address without a user, a password or a token."""
+    return re.sub(r"//[^/]*@", "//", url)
+
+
+class Backoff:
+    """Chooses the next server and the wait before it, for nats-py's reconnect.
+
+    At once, then after 0.1, 0.2, 0.4 … seconds, at most ``cap``; each shortened by up to a
+    half at random, so that the clients of a restarted server do not come all at once.
+    """
+
+    def __init__(self, cap: float) -> None:
+        self.cap = cap
+
+    def delay(self, attempt: int) -> float:
+        """Seconds before attempt ``attempt``, counted from 0."""
+        if attempt == 0:
+            return 0.0
+        return min(0.1 * 2.0 ** min(attempt - 1, 32), self.cap) * random.uniform(0.5, 1.0)
+
+    def __call__(self, servers: list[Server], info: dict[str, Any]) -> tuple[Server | None, float]:
+        server = min(servers, key=lambda s: s.reconnects)
+        return server, self.delay(server.reconnects)
+
+
+def client_options(security: NatsSecurity | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of nats-py's ``connect``."""
+    chosen = {key: value for key, value in options.items() if value is not None}
+    for key in _SECRETS:
+        if key in chosen:
+            chosen[key] = guarded(chosen[key])
+    if security is not None:
+        chosen |= {key: value for key, value in security.options().items() if value is not None}
+    chosen.setdefault("max_reconnect_attempts", -1)
+    chosen.setdefault("ping_interval", 20)
+    wait = chosen.setdefault("reconnect_time_wait", 2)
+    chosen.setdefault("reconnect_to_server_handler", Backoff(wait))
+    return chosen
+
+
+class _Enough(Exception):
+    """Ends nats-py's connect after one round over all servers."""
+
+
+async def connect(urls: Sequence[str], options: dict[str, Any], **callbacks: Any) -> Client:
+    """Connect in one attempt at each server.
+
+    nats-py would go on for ever: its error callback counts, and stops it.
+
+    Raises:
+        ConnectError: not reached or not let in.
+        MissingExtra: the credentials need the package ``nkeys``.
+    """
+    client, failures = Client(), []
+    tell = callbacks.pop("error_cb")
+    connected = False
+
+    async def error_cb(error: Exception) -> None:
+        if connected:
+            await tell(error)
+            return
+        failures.append(error)
+        if len(failures) >= len(urls):
+            raise _Enough
+
+    limits = {"max_reconnect_attempts": -1, "allow_reconnect": True}
+    try:
+        await client.connect(list(urls), error_cb=error_cb, **{**options, **callbacks, **limits})
+    except _Enough:
+        await _discard(client)
+        raise _explain(urls, failures) from failures[-1]
+    except ImportError as error:
+        await _discard(client)
+        raise MissingExtra(
+            error.name or str(error), "nats", purpose="this kind of login"
+        ) from error
+    except (NatsError, OSError, ValueError) as error:
+        await _discard(client)
+        raise _explain(urls, [error]) from error
+    except BaseException as error:
+        await _discard(client)
+        if type(error).__module__.startswith("nkeys"):
+            raise _explain(urls, [error]) from None
+        raise
+    # From here on nats-py keeps the connection by itself.
+    client.options["max_reconnect_attempts"] = options["max_reconnect_attempts"]
+    client.options["allow_reconnect"] = options.get("allow_reconnect", True)
+    connected = True
+    return client
+
+
+async def _discard(client: Client) -> None:
+    try:
+        await client.close()
+    except Exception:  # it never was connected; whatever it says does not matter
+        return
+
+
+def _explain(urls: Sequence[str], failures: Sequence[BaseException]) -> ConnectError:
+    where = ", ".join(without_secrets(url) for url in urls)
+    for failure in failures:
+        if (reason := _permanent(failure)) is not None:
+            return ConnectError(f"{where}: {reason}", permanent=True)
+    return ConnectError(f"{where}: {reason_of(failures[-1])}")
+
+
+def _permanent(error: BaseException) -> str | None:
+    """Why another attempt cannot help, or None where it may."""
+    text = str(error).lower()
+    if "authorization" in text or "authentication" in text:
+        return "the server refuses the credentials, or wants some"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the server's certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {error.reason or error}"
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+        return f"the credentials file cannot be read: {error.strerror}"
+    if type(error).__module__.startswith("nkeys") or isinstance(error, ValueError):
+        return "the seed is not valid"
+    return None
+
+
+def reason_of(error: BaseException) -> str:
+    """A short text for people."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).removeprefix("nats: ") or type(error).__name__

@@ -1,0 +1,490 @@
+"""The NATS driver: one connection, and everything that goes over it."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, ClassVar
+
+import msgspec
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import (
+    BadHeaderError,
+    BadSubjectError,
+    ConnectionClosedError,
+    ConnectionDrainingError,
+    MaxPayloadError,
+    OutboundBufferLimitError,
+)
+from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
+from nats.js.api import PubAck
+from nats.js.errors import APIError
+
+from ..clock import Clock, LoopClock
+from ..driver import Intake, Sink, Spec, SubscriptionSpec
+from ..errors import (
+    ConnectError,
+    MessageTooLarge,
+    NoResponders,
+    NotConnected,
+    PublishError,
+    PublishTimeout,
+    RequestTimeout,
+    SetupError,
+)
+from ..message import Message
+from .connection import Backoff, addresses, client_options, connect, reason_of, without_secrets
+from .flow import CoreFlow, Flow, log
+from .jetstream import PullFlow, PushFlow, StreamFlow
+from .message import NatsMessage
+from .options import SYNTAX, NatsPublish, NatsSubscription
+from .replies import Replies
+from .security import NatsSecurity
+from .stores import Stores
+from .streams import Streams
+
+#: Seconds for a JetStream API call where nothing else is said.
+API_TIMEOUT = 5.0
+#: Bytes that may wait for the socket before publishers have to wait (nats-py's own bound).
+PENDING = 2 * 1024 * 1024
+
+
+class NatsDriver:
+    """One connection to a NATS server or cluster, by nats-py.
+
+    Args:
+        servers: one address, several in a list, or several joined by commas.
+        security: who we are; a user and password or a token may also stand in the address.
+        publish_timeout: seconds that ``publish`` waits for a lost connection and for a
+            stream's confirmation, where the command does not say it.
+        clock: the time that waits go by.
+        js_options: ``domain`` or ``prefix``, and ``timeout`` (seconds) of the JetStream API.
+        options: any further keyword of nats-py's ``connect``. ``reconnect_time_wait`` is the
+            longest wait between two attempts, and attempts never end by default.
+    """
+
+    name: ClassVar[str] = "nats"
+    syntax: ClassVar = SYNTAX
+    command: ClassVar = NatsPublish
+
+    def __init__(
+        self,
+        servers: str | Sequence[str] = "nats://localhost:4222",
+        *,
+        security: NatsSecurity | None = None,
+        publish_timeout: float = 5.0,
+        clock: Clock | None = None,
+        js_options: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.urls = addresses(servers)
+        self.clock: Clock = clock or LoopClock()
+        self.publish_timeout = publish_timeout
+        self.notify: Callable[[str, str], None] = lambda event, reason: None
+        self.streams = Streams(self)
+        self.stores = Stores(self)
+        self.intakes: set[Flow] = set()
+        self._callbacks = {key: options.pop(key, None) for key in _CALLBACKS}
+        self._options = client_options(security, options)
+        self._tls = security is not None and security.use_ssl
+        self._js_options = js_options or {}
+        self.prefix = self._js_options.get("prefix", "$JS.API")
+        if domain := self._js_options.get("domain"):
+            self.prefix = f"$JS.{domain}.API"
+        self._api_timeout = self._js_options.get("timeout", API_TIMEOUT)
+        self._client: Client | None = None
+        self._js: JetStreamContext | None = None
+        self._replies: Replies | None = None
+        self._up = asyncio.Event()
+        self._closing = False
+        self._reason = ""
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._id = secrets.token_hex(4)
+        #: Names of consumers that end with this process, by the subscription's identity.
+        self._ephemeral: dict[int, tuple[NatsSubscription, str]] = {}
+
+    def describe(self) -> str:
+        return ", ".join(without_secrets(url) for url in self.urls)
+
+    # Connection
+
+    @property
+    def client(self) -> Client:
+        """The connected client of nats-py.
+
+        Raises:
+            NotConnected: before ``connect`` or after ``close``.
+        """
+        if self._client is None:
+            raise NotConnected(
+                f"not connected to {self.describe()}: `await broker.connect()` comes first",
+                state="not connected",
+                wanted="connected",
+            )
+        return self._client
+
+    @property
+    def js(self) -> JetStreamContext:
+        """nats-py's JetStream context of the present connection."""
+        if self._js is None:
+            self._js = self.client.jetstream(**self._js_options)
+        return self._js
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is up at this moment."""
+        return self._client is not None and self._client.is_connected
+
+    async def connect(self) -> None:
+        if self._client is not None:
+            return
+        self._closing = False
+        await self._open()
+
+    async def _open(self) -> None:
+        client = await connect(
+            self.urls,
+            self._options,
+            error_cb=self._on_error,
+            disconnected_cb=self._on_disconnected,
+            reconnected_cb=self._on_reconnected,
+            closed_cb=self._on_closed,
+            discovered_server_cb=self._callbacks["discovered_server_cb"],
+        )
+        replies = Replies(client)
+        await replies.open()
+        self._client, self._replies, self._js = client, replies, None
+        self.stores.opened.clear()
+        self._up.set()
+
+    async def close(self) -> None:
+        self._closing = True
+        client, self._client = self._client, None
+        for task in list(self._tasks):
+            task.cancel()
+        if client is None:
+            return
+        self._client = client
+        with suppress(Exception):  # whatever the state of the connection, it is being left
+            async with asyncio.timeout(API_TIMEOUT):
+                if client.is_connected:
+                    for spec, name in self._ephemeral.values():
+                        await self.forget(spec.stream_name or "", name)
+                    await client.flush(int(API_TIMEOUT))
+        self._client = self._replies = self._js = None
+        self._ephemeral.clear()
+        self._up.clear()
+        with suppress(Exception):
+            await client.close()
+
+    async def ping(self, timeout: float) -> bool:
+        if not self.connected:
+            return False
+        try:
+            async with asyncio.timeout(timeout):
+                await self.client.flush()
+        except (NatsError, OSError, TimeoutError):
+            return False
+        return True
+
+    async def _on_error(self, error: Exception) -> None:
+        self._reason = reason_of(error)
+        if self.connected and not isinstance(error, OSError):
+            self._denied(self._reason)
+            self.report(self._reason)
+        await self._call("error_cb", error)
+
+    def _denied(self, reason: str) -> None:
+        """A subscription that the server does not permit never gets anything: it is lost."""
+        marker = "permissions violation for subscription to "
+        if marker not in reason:
+            return
+        subject = reason.split(marker, 1)[1].split('"')[1]
+        for intake in list(self.intakes):
+            if isinstance(intake, CoreFlow) and intake.spec.pattern.lower() == subject:
+                intake.lost(SetupError(reason, fix="grant the user the right to subscribe to it"))
+
+    async def _on_disconnected(self) -> None:
+        self._up.clear()
+        if not self._closing:
+            self.notify("disconnected", self._reason or "the connection broke")
+        await self._call("disconnected_cb")
+
+    async def _on_reconnected(self) -> None:
+        url = self._client.connected_url if self._client is not None else None
+        self._up.set()
+        for intake in list(self.intakes):
+            intake.reconnected()
+        self.notify("reconnected", without_secrets(url.geturl()) if url else self.describe())
+        await self._call("reconnected_cb")
+
+    async def _on_closed(self) -> None:
+        """nats-py gave up, or the server threw us out (an expired login, for instance)."""
+        await self._call("closed_cb")
+        if self._closing:
+            return
+        self.notify("closed", self._reason)
+        limited = self._options["max_reconnect_attempts"] >= 0
+        if limited or not self._options.get("allow_reconnect", True):
+            error = ConnectError(f"{self.describe()}: gave up reconnecting: {self._reason}")
+            for intake in list(self.intakes):
+                intake.lost(error)
+        else:
+            self.spawn(self._revive())
+
+    async def _revive(self) -> None:
+        """A new client in place of one that is closed for good, with the same subscriptions."""
+        backoff, attempt = Backoff(self._options["reconnect_time_wait"]), 1
+        while True:
+            await self.clock.sleep(backoff.delay(attempt))
+            attempt += 1
+            try:
+                await self._open()
+                for intake in list(self.intakes):
+                    await intake.attach()
+            except (ConnectError, NatsError) as error:
+                self._reason = reason_of(error)
+                log.debug("%s", error)
+                continue
+            await self._on_reconnected()
+            return
+
+    async def _call(self, name: str, *args: Any) -> None:
+        callback = self._callbacks[name]
+        if callback is not None:
+            await callback(*args)
+
+    def report(self, reason: str) -> None:
+        """Tell the application of an error that ends nothing."""
+        self.notify("error", reason)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run something on the side until it is done or the driver closes."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Declarations and subscriptions
+
+    async def declare(self, specs: Sequence[Spec]) -> None:
+        await self.streams.declare(specs)
+        for spec in specs:
+            if isinstance(spec, NatsSubscription) and spec.watch is not None:
+                await self.stores.declare(spec)
+
+    async def subscribe(
+        self, spec: SubscriptionSpec, sink: Sink, lost: Callable[[Exception], None]
+    ) -> Intake:
+        assert isinstance(spec, NatsSubscription)
+        kind = CoreFlow if spec.stream_name is None else PushFlow if spec.push else PullFlow
+        flow = kind(self, spec, sink, lost)
+        try:
+            if isinstance(flow, StreamFlow):
+                await flow.start()
+            else:
+                await flow.attach()
+                await self.client.flush()  # the server knows it once this returns
+        except BaseException:
+            await flow.close()
+            raise
+        self.intakes.add(flow)
+        return flow
+
+    def inbox(self, prefix: str | bytes) -> str:
+        """A new inbox's subject, under ``prefix`` or the connection's own."""
+        start = prefix.decode() if isinstance(prefix, bytes) else prefix
+        own = self.client.new_inbox()
+        return f"{start.rstrip('.')}.{own.rsplit('.', 1)[1]}" if start else own
+
+    def ephemeral_name(self, spec: NatsSubscription) -> str:
+        """The name of a consumer that ends with this process: the same for the same spec."""
+        known = self._ephemeral.get(id(spec))
+        if known is None:
+            known = self._ephemeral[id(spec)] = (spec, f"ms-{self._id}-{len(self._ephemeral)}")
+        return known[1]
+
+    async def forget(self, stream: str, consumer: str) -> None:
+        """Delete a consumer that nobody needs any more; the server would, in a while."""
+        with suppress(NatsError, NoResponders, RequestTimeout, NotConnected):
+            await self.api(f"CONSUMER.DELETE.{stream}.{consumer}")
+
+    # Publishing
+
+    async def _ready(self, timeout: float) -> Client:
+        """The client, once it is connected and has room for more.
+
+        Raises:
+            NotConnected: not within ``timeout`` seconds.
+        """
+        client = self.client
+        if client.is_connected and client.pending_data_size < PENDING:
+            return client
+        try:
+            async with asyncio.timeout(timeout):
+                while not self.connected:
+                    self._up.clear()
+                    await self._up.wait()
+                client = self.client
+                if client.pending_data_size >= PENDING:
+                    await client.flush(int(timeout) + 1)
+        except (TimeoutError, NatsError):
+            state = "takes no data" if self.connected else "is not connected"
+            raise NotConnected(
+                f"{self.describe()} {state} for {timeout:g} s: {self._reason or 'no reason given'}",
+                state="disconnected",
+                wanted="connected",
+            ) from None
+        return client
+
+    async def publish(
+        self, command: NatsPublish, data: bytes, headers: dict[str, str] | None
+    ) -> PubAck | None:
+        timeout = command.timeout if command.timeout is not None else self.publish_timeout
+        client = self._client
+        if client is None or not client.is_connected or client.pending_data_size >= PENDING:
+            started = self.clock.now()
+            client = await self._ready(timeout)
+            timeout = max(timeout - (self.clock.now() - started), 0.1)
+        wire = headers or None
+        if command.stored or command.subject in self.streams.kept:
+            wire = command.wire_headers(headers)
+            self._check_size(client, command.subject, data, wire)
+            return await self._store(command.subject, data, wire, timeout)
+        self._check_size(client, command.subject, data, wire)
+        try:
+            await client.publish(command.subject, data, command.reply_to, wire)
+        except NatsError as error:
+            raise self._refused(command.subject, error) from error
+        return None
+
+    def _check_size(
+        self, client: Client, subject: str, data: bytes, headers: dict[str, str] | None
+    ) -> None:
+        # nats-py does not count the headers; the server would close the connection.
+        size = len(data)
+        if headers is not None:
+            size += 16 + sum(len(key) + 4 + len(value.encode()) for key, value in headers.items())
+        if size > client.max_payload:
+            raise MessageTooLarge(
+                f"{size:,} bytes for {subject!r}: the server takes {client.max_payload:,} at most "
+                "(max_payload); send less, or put the body into an object store"
+            )
+
+    async def _store(
+        self, subject: str, data: bytes, headers: dict[str, str] | None, timeout: float
+    ) -> PubAck:
+        """Publish into a stream; nobody else has to wait for this confirmation."""
+        end = self.clock.now() + timeout
+        while True:
+            try:
+                reply = await self._ask(subject, data, headers, max(end - self.clock.now(), 0.01))
+                break
+            except RequestTimeout:
+                raise PublishTimeout(
+                    f"no stream confirmed a message to {subject!r} within {timeout:g} s"
+                ) from None
+            except NoResponders:
+                # A stream between two leaders answers again soon (as in nats.go, twice 250 ms).
+                if self.clock.now() + 0.25 > min(end, end - timeout + 0.6):
+                    raise PublishError(
+                        f"no stream stores {subject!r}: declare it with stream= on a subscriber "
+                        "or publisher, or leave out stream= (and message_id=) here"
+                    ) from None
+                await self.clock.sleep(0.25)
+        answer = msgspec.json.decode(reply.data)
+        if "error" in answer:
+            error = answer["error"]
+            hint = "; stream= names another stream" if error.get("err_code") == 10060 else ""
+            raise PublishError(f"{subject!r} was not stored: {error.get('description')}{hint}")
+        ack: PubAck = PubAck.from_response(answer)
+        return ack
+
+    async def request(
+        self, command: NatsPublish, data: bytes, headers: dict[str, str] | None, timeout: float
+    ) -> Msg:
+        client = self._client
+        if client is None or not client.is_connected:
+            started = self.clock.now()
+            client = await self._ready(timeout)
+            timeout = max(timeout - (self.clock.now() - started), 0.1)
+        wire = command.wire_headers(headers)
+        self._check_size(client, command.subject, data, wire)
+        return await self._ask(command.subject, data, wire, timeout)
+
+    async def send(self, subject: str, data: bytes, reply: str = "") -> None:
+        """Publish without any ado: acknowledgements and requests for messages."""
+        try:
+            await self.client.publish(subject, data, reply)
+        except NatsError as error:
+            raise self._refused(subject, error) from error
+
+    async def ask(self, subject: str, data: bytes, timeout: float | None = None) -> Msg:
+        """Publish and wait for the answer, up to ``publish_timeout`` by default."""
+        return await self._ask(subject, data, None, timeout or self.publish_timeout)
+
+    async def _ask(
+        self, subject: str, data: bytes, headers: dict[str, str] | None, timeout: float
+    ) -> Msg:
+        if self._replies is None:
+            self.client  # noqa: B018 - says that there is no connection
+        assert self._replies is not None
+        try:
+            return await self._replies.ask(subject, data, headers, timeout)
+        except NatsError as error:
+            raise self._refused(subject, error) from error
+
+    def _refused(self, subject: str, error: NatsError) -> Exception:
+        if isinstance(error, MaxPayloadError):
+            return MessageTooLarge(f"too large for the server: {subject!r}")
+        if isinstance(error, BadSubjectError):
+            return PublishError(f"{subject!r} is no subject to publish to")
+        if isinstance(error, BadHeaderError):
+            return PublishError(f"{subject!r}: {reason_of(error)}")
+        if isinstance(
+            error, OutboundBufferLimitError | ConnectionClosedError | ConnectionDrainingError
+        ):
+            return NotConnected(f"{self.describe()}: {reason_of(error)}", state="disconnected")
+        return PublishError(f"{subject!r}: {reason_of(error)}")
+
+    async def api(self, path: str, request: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Call the JetStream API and return its answer as it is.
+
+        Raises:
+            APIError: the server refuses; a subclass of nats-py's tells what.
+            SetupError: the server runs without JetStream.
+        """
+        data = msgspec.json.encode(request) if request is not None else b""
+        await self._ready(self._api_timeout)
+        try:
+            reply = await self._ask(f"{self.prefix}.{path}", data, None, self._api_timeout)
+        except NoResponders:
+            raise PublishError(
+                f"{self.describe()} has no JetStream: start the server with -js, or enable it for "
+                "the account"
+            ) from None
+        answer: dict[str, Any] = msgspec.json.decode(reply.data)
+        if "error" in answer:
+            error = answer["error"]
+            known = {key: error.get(key) for key in ("code", "description", "err_code")}
+            APIError.from_error(known)
+        return answer
+
+    def reply_envelope(self) -> type[Message[Any]]:
+        return NatsMessage
+
+    async def dead_letter(self, spec: SubscriptionSpec, name: str | None) -> str:
+        assert isinstance(spec, NatsSubscription)
+        return await self.streams.dead_letter(spec, name)
+
+
+_CALLBACKS = (
+    "error_cb",
+    "disconnected_cb",
+    "reconnected_cb",
+    "closed_cb",
+    "discovered_server_cb",
+)
