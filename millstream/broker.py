@@ -29,6 +29,7 @@ from .message import Link, Message
 from .middleware import Send, fold_publish
 from .params import Depends, ParameterSource
 from .publisher import Publication, Publisher
+from .reader import Reader
 from .retry import DeadLetter, Exponential, Retry
 from .runner import AppValues
 from .spy import Probe
@@ -563,17 +564,18 @@ class Broker(Endpoints):
             if subscription in self.subscriptions:
                 self.subscriptions.remove(subscription)
 
-    async def open_reader(self, subscriber: Subscriber) -> Subscription:
+    async def open_reader(self, subscriber: Subscriber) -> Reader:
         """Open a subscription that is read from; see :meth:`Subscriber.get_one`."""
         if self._send is None:
             raise self._not_connected("read")
         for declaration, scope in self.walk(default_scope(self.codec)):
             if declaration is subscriber:
-                subscription = Subscription(subscriber, scope, self)
-                await self.driver.declare([subscription.spec])
-                await subscription.open_reader()
-                self.subscriptions.append(subscription)
-                return subscription
+                reader = Reader(subscriber, scope, self)
+                reader.compile()
+                await self.driver.declare([reader.spec])
+                await reader.start()
+                self.subscriptions.append(reader)
+                return reader
         raise StateError(f"the subscription of {subscriber.spec.destination!r} is in no broker")
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:

@@ -7,10 +7,9 @@ TypedDicts and builtins, pydantic's validator on the bytes where a pydantic type
 
 from __future__ import annotations
 
-import functools
 import sys
 import typing
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
@@ -77,11 +76,18 @@ def uses_pydantic(type_: Any) -> bool:
     return any(uses_pydantic(arg) for arg in typing.get_args(type_))
 
 
-@functools.lru_cache(maxsize=1024)
-def _adapter(type_: Hashable) -> Any:
+_adapters: dict[Any, Any] = {}
+
+
+def _adapter(type_: Any) -> Any:
+    """pydantic's validator of a type; classes keep theirs."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(type_)
+    if not isinstance(type_, type):
+        return TypeAdapter(type_)
+    if type_ not in _adapters:
+        _adapters[type_] = TypeAdapter(type_)
+    return _adapters[type_]
 
 
 def _custom(type_: Any, value: Any) -> Any:

@@ -20,7 +20,7 @@ def unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _target(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What carries the annotations: a function, a class's ``__init__``, an object's ``__call__``."""
+    """What carries the annotations, for a class and an object too."""
     function = unwrap(function)
     if isinstance(function, functools.partial):
         return _target(function.func)
@@ -28,7 +28,8 @@ def _target(function: Callable[..., Any]) -> Callable[..., Any]:
         return function.__init__
     if inspect.isroutine(function):
         return function
-    return typing.cast("Callable[..., Any]", type(function).__call__)
+    call: Callable[..., Any] = type(function).__call__
+    return call
 
 
 def name_of(function: Callable[..., Any]) -> str:

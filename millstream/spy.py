@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Spy(Protocol):
     """The recorder that a test broker puts on a handler or a publisher."""
 
-    mock: Any
+    @property
+    def mock(self) -> Any: ...
 
     def assert_called_once_with(self, body: Any, /, **details: Any) -> None: ...
     def assert_called_with(self, body: Any, /, **details: Any) -> None: ...

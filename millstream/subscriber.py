@@ -17,6 +17,7 @@ from .spy import Spied
 if TYPE_CHECKING:
     from .endpoints import Endpoints
     from .publisher import Publisher
+    from .reader import Reader
     from .subscription import Subscription
 
 P = ParamSpec("P")
@@ -83,7 +84,7 @@ class Subscriber:
         self.entries: list[Entry] = []
         #: The subscriptions it became in a broker, one per inclusion of its router.
         self.running: list[Subscription] = []
-        self._reader: Subscription | None = None
+        self._reader: Reader | None = None
 
     @property
     def handlers(self) -> list[Handler[..., Any]]:
@@ -188,7 +189,7 @@ class Subscriber:
                 return
             yield message
 
-    async def _open_reader(self) -> Subscription:
+    async def _open_reader(self) -> Reader:
         if self.entries:
             raise StateError(
                 f"the subscription of {self.spec.destination!r} has a handler, which gets the messages; "

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine, Mapping
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, overload
 from unittest.mock import MagicMock
 
 import msgspec
@@ -257,10 +257,11 @@ class _Probe:
     # Recorders
 
     def recorder(self, spied: Spied, name: str) -> Recorder:
-        if not isinstance(spied.spy, Recorder):
-            spied.spy = Recorder(name)
+        recorder = spied.spy
+        if not isinstance(recorder, Recorder):
+            recorder = spied.spy = Recorder(name)
             self.spied.append(spied)
-        return spied.spy
+        return recorder
 
     def install(self, endpoints: Endpoints) -> None:
         for inside in endpoints.tree():
@@ -297,15 +298,15 @@ class _Probe:
         ) -> Any:
             trace = _Trace(_trace.get())
             asking = self._inside(trace, request(command, data, headers, timeout))
-            idle = 0
+            turn = idle = 0
             while not asking.done():
-                idle = 0 if trace.pending else idle + 1
+                turn, idle = turn + 1, 0 if trace.pending else idle + 1
                 if idle > _TURNS:
                     asking.cancel()
                     raise RequestTimeout(
-                        f"no reply from {command.destination!r}: all that the request caused is done"
+                        f"no reply from {command.destination!r}, and nothing is left that could send it"
                     )
-                await asyncio.sleep(0 if idle or not trace.pending else 0.0005)
+                await asyncio.sleep(0 if idle or turn < _TURNS else 0.0005)
             return await asking
 
         driver.publish = waiting_publish  # type: ignore[method-assign]
@@ -325,14 +326,13 @@ class _Probe:
 
     async def _finished(self, trace: _Trace) -> None:
         """Wait until all deliveries of a trace are over, or wait for the clock."""
-        idle, moves = 0, self.moves
+        turn, idle, moves = 0, 0, self.moves
         while trace.pending:
-            if moves != self.moves or self._active():
-                idle, moves = 0, self.moves
-            elif idle > _TURNS:
+            moved, moves = moves != self.moves, self.moves
+            turn, idle = turn + 1, 0 if moved or self._active() else idle + 1
+            if idle > _TURNS:
                 return
-            idle += 1
-            await asyncio.sleep(0 if idle > 1 else 0.0002)
+            await asyncio.sleep(0 if idle or turn < _TURNS else 0.0005)
 
     def _active(self, besides: set[Entry] = frozenset()) -> bool:  # type: ignore[assignment]
         """Whether a delivery runs that does not wait for the clock."""
@@ -456,8 +456,7 @@ class TestBroker(Generic[T]):
                 for broker in self.brokers:
                     await broker.start()
             self._stack = stack.pop_all()
-        entered: Any = self.brokers if len(self.brokers) > 1 else self.brokers[0]
-        return entered
+        return cast(T, self.brokers if len(self.brokers) > 1 else self.brokers[0])
 
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()

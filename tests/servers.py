@@ -124,7 +124,11 @@ class Server(ABC):
     def _attempt(self, port: int) -> bool:
         with (self.folder / "server.log").open("ab") as log:
             process = subprocess.Popen(
-                self.command(port), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
+                self.command(port),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
             )
         end = time.monotonic() + self.patience
         while time.monotonic() < end:

@@ -13,7 +13,15 @@ import millstream
 PACKAGE = Path(millstream.__file__).parent
 #: Built on the core; the core does not know them.
 ABOVE = {
-    "spec", "cli", "embedded", "asgi", "fastapi", "testing", "logging", "annotations", "__main__"
+    "spec",
+    "cli",
+    "embedded",
+    "asgi",
+    "fastapi",
+    "testing",
+    "logging",
+    "annotations",
+    "__main__",
 }
 BROKERS = {"nats", "memory", "kafka", "confluent", "rabbit", "redis", "mqtt"}
 #: What a broker's package offers for other surroundings, on top of both.
@@ -70,9 +78,7 @@ def own(imported: str) -> str | None:
 
 ALL = list(modules())
 CORE = [(n, p) for n, p in ALL if first(n) not in ABOVE | BROKERS]
-IN_BROKERS = [
-    (n, p) for n, p in ALL if first(n) in BROKERS and not set(n.split(".")[1:]) & BRIDGES
-]
+IN_BROKERS = [(n, p) for n, p in ALL if first(n) in BROKERS and not set(n.split(".")[1:]) & BRIDGES]
 
 
 @pytest.mark.parametrize(("name", "path"), CORE, ids=[n or "millstream" for n, _ in CORE])

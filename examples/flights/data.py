@@ -18,8 +18,10 @@ TOTAL = 336_776
 
 #: Columns that are numbers; all others are text.
 NUMBERS = frozenset(
-    "year month day dep_time sched_dep_time dep_delay arr_time sched_arr_time arr_delay "
-    "flight air_time distance hour minute".split()
+    (
+        *("year", "month", "day", "hour", "minute", "flight", "air_time", "distance"),
+        *("dep_time", "sched_dep_time", "dep_delay", "arr_time", "sched_arr_time", "arr_delay"),
+    )
 )
 
 

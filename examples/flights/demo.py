@@ -1,7 +1,7 @@
 """The demo: a NATS server, the service of main.py, and the flights sent through both.
 
-    python -m examples.flights.demo            # the first 20,000 flights
-    python -m examples.flights.demo --full     # all 336,776
+python -m examples.flights.demo            # the first 20,000 flights
+python -m examples.flights.demo --full     # all 336,776
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rich.table import Table
 
 from examples.flights.data import TOTAL, flights
 from millstream.embedded import EmbeddedNats
-from millstream.nats import JStream, NatsBroker
+from millstream.nats import NatsBroker
 
 SHORT = 20_000
 #: Messages on their way to the server at once.
@@ -143,7 +143,9 @@ def report(statistics: dict[str, Any], total: int, seconds: float) -> bool:
         column.justify = "right"
     for carrier in carriers[:5]:
         figures = carrier["flights"], carrier["cancelled"]
-        table.add_row(carrier["name"], *(f"{n:,}" for n in figures), f"{carrier['mean_delay']:.1f} min")
+        table.add_row(
+            carrier["name"], *(f"{n:,}" for n in figures), f"{carrier['mean_delay']:.1f} min"
+        )
     console.print(table)
     console.print()
     right = total == counted + broken and counted == sum(c["flights"] for c in carriers)
@@ -155,36 +157,50 @@ def report(statistics: dict[str, Any], total: int, seconds: float) -> bool:
         console.print(f"  {times:,} × {cause}", style="dim")
     again = statistics["repeated"]
     console.print(f"enriched {enriched:,}, out of order or delivered twice {again:,}")
-    console.print(f"{seconds:.1f} s, {total / seconds:,.0f} flights a second through three subscribers")
+    console.print(
+        f"{seconds:.1f} s, {total / seconds:,.0f} flights a second through three subscribers"
+    )
     return right
 
 
+def save(running: Service, statistics: dict[str, Any]) -> Path:
+    """Keep the page with its last figures, to be opened when the service is gone."""
+    with urllib.request.urlopen(running.url, timeout=10) as answer:
+        page = answer.read().decode()
+    figures = msgspec.json.encode(statistics).decode()
+    path = Path("build") / "flights.html"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(page.replace("const snapshot = null;", f"const snapshot = {figures};"))
+    return path
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--full", action="store_true", help=f"all {TOTAL:,} flights")
-    parser.add_argument("--flights", type=int, default=SHORT, help="the first so many (%(default)s)")
+    parser.add_argument(
+        "--flights", type=int, default=SHORT, help="the first so many (%(default)s)"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the page open until Ctrl+C")
     parser.add_argument("--port", type=int, default=8013, help="of the page (%(default)s)")
     options = parser.parse_args()
     total = TOTAL if options.full else min(options.flights, TOTAL)
     port = free_port(options.port)
-    keep = options.keep or console.is_terminal
     with (
         tempfile.TemporaryDirectory(prefix="millstream-") as folder,
         EmbeddedNats(0, store=Path(folder) / "nats") as nats,
         service(nats.url, port) as running,
     ):
-        console.print(f"NATS at {nats.url}; open [bold]{running.url}[/] to watch\n")
+        console.print(f"NATS at {nats.url}; open {running.url} to watch\n")
         statistics, seconds = asyncio.run(stream(nats.url, running, total))
         right = report(statistics, total, seconds)
-        if keep:
-            console.print(f"\nopen [bold]{running.url}[/] for the page; Ctrl+C ends the demo")
-            try:
+        path = save(running, statistics)
+        if options.keep:
+            console.print(f"\nopen {running.url} for the page; Ctrl+C ends the demo")
+            with suppress(KeyboardInterrupt):
                 running.process.wait()
-            except KeyboardInterrupt:
-                console.print()
         else:
-            console.print(f"\nto open the page at {running.url} afterwards: make demo KEEP=1")
+            console.print(f"\nopen {path} for the page (the service is stopped now;")
+            console.print("`make demo KEEP=1` keeps it running)")
     return 0 if right else 1
 
 

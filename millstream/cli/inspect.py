@@ -22,7 +22,7 @@ from ..message import Message
 from ..subscription import Subscription
 from .options import parse_extra, split_known
 from .output import fail, styled
-from .target import Target, TargetError, brokers_of, find
+from .target import Target, TargetError, find
 
 #: What can stand under Millstream, as the package registry names it.
 CLIENTS = (
@@ -55,7 +55,7 @@ def _compile(brokers: Sequence[Broker]) -> list[SetupError]:
 def check(target: str, app_dir: str, factory: bool) -> int:
     """Print every wrong declaration; returns the exit code."""
     found = _load(target, app_dir, factory)
-    brokers = brokers_of(found.object)
+    brokers = found.brokers
     adopt = getattr(found.object, "adopt", None)
     if adopt is not None:
         adopt()
@@ -93,17 +93,17 @@ def _short(where: str) -> str:
 def _describe(subscription: Subscription) -> dict[str, Any]:
     spec = subscription.spec
     entries = subscription.subscriber.entries
-    letter = subscription.dead_letter
+    letter = subscription.failing.dead_letter
     publishers = [p for entry in entries for p in entry.handler.publishers]
     chain = subscription.scope.chain
-    plain = subscription.row is UNSETTLED
+    plain = subscription.failing.row is UNSETTLED
     return {
         "source": spec.destination,
         "kind": type(spec).__name__,
         "handlers": [entry.handler.name for entry in entries],
         "where": [_short(entry.handler.where) for entry in entries],
-        "policy": None if plain and not subscription.retries else subscription.policy.value,
-        "attempts": subscription.retry.attempts if subscription.retries else 1,
+        "policy": None if plain and not subscription.failing.retries else subscription.failing.policy.value,
+        "attempts": subscription.retry.attempts if subscription.failing.retries else 1,
         "concurrency": spec.lanes,
         "guarantee": spec.guarantee,
         "dead_letter": None if letter is None else letter.destination or f"{spec.destination}.dlq",
@@ -126,7 +126,7 @@ def _table_of(broker: Broker) -> dict[str, Any]:
 def show(target: str, app_dir: str, factory: bool, *, json: bool) -> int:
     """Print what the target subscribes to and publishes; returns the exit code."""
     found = _load(target, app_dir, factory)
-    brokers = brokers_of(found.object)
+    brokers = found.brokers
     for error in (errors := _compile(brokers)):
         _print_error(error)
     listed = [_table_of(broker) for broker in brokers]
@@ -189,7 +189,7 @@ def publish(
     text = sys.stdin.read() if message == "-" else message
     body = _body(text)
     found = _load(target, app_dir, factory)
-    brokers = brokers_of(found.object)
+    brokers = found.brokers
     if not brokers:
         raise TargetError(f"{found.title} has no broker to publish with")
     broker: Any = brokers[0]

@@ -16,7 +16,7 @@ from .child import Channel, Hello
 from .options import RunOptions
 from .output import fail
 from .sockets import BindError
-from .target import Target, TargetError, UserCodeError, brokers_of, find, own_traceback
+from .target import Target, TargetError, UserCodeError, find, own_traceback
 
 log = logging.getLogger("millstream.run")
 #: Exit codes.
@@ -97,7 +97,7 @@ async def _run(
         configure_logging(options)
     except SetupError as error:
         return fail(error, USAGE)
-    brokers = brokers_of(target.object)
+    brokers = target.brokers
     grace = max((broker.graceful_timeout for broker in brokers), default=15.0)
     hello = Hello(target.title, target.kind == "asgi", [b.driver.describe() for b in brokers])
     hello.grace, hello.docs = grace, getattr(target.object, "docs_url", None) or ""

@@ -51,16 +51,25 @@ class Target(msgspec.Struct, frozen=True):
         name: as it was found, such as ``main:app``.
         kind: ``app`` (a Millstream), ``broker`` or ``asgi``.
         object: the object itself.
+        module: where it was found.
     """
 
     name: str
     kind: str
     object: Any
+    module: ModuleType
 
     @property
     def title(self) -> str:
         """For people: ``main:app (FastAPI)``."""
         return f"{self.name} ({type(self.object).__name__})"
+
+    @property
+    def brokers(self) -> list[Broker]:
+        """The object's brokers; where it does not tell any, those of its module, which code
+        such as a hand-written lifespan starts."""
+        own = [thing for thing in vars(self.module).values() if isinstance(thing, Broker)]
+        return brokers_of(self.object) or list(dict.fromkeys(own))
 
     @property
     def app(self) -> Millstream:
@@ -93,7 +102,7 @@ class Found(msgspec.Struct, frozen=True):
                 raise UserCodeError(error) from error
             kind = kind_of(thing)
         if kind in RUNNABLE:
-            return Target(self.name, kind, thing)
+            return Target(self.name, kind, thing, self.module)
         called = f"{self.name}() returned" if thing is not self.object else f"{self.name} is"
         raise TargetError(f"{called} {_explain(thing, kind)}{_candidates_text(self.module)}")
 
@@ -316,8 +325,8 @@ def _walk(thing: Any, seen: set[int]) -> Iterator[Broker]:
     if isinstance(thing, Millstream):
         yield from thing.brokers
         return
-    state = getattr(getattr(thing, "state", None), "millstream", None)
-    for owner in (thing, state):
+    state = getattr(thing, "state", None)
+    for owner in (thing, state, getattr(state, "millstream", None)):
         brokers = getattr(owner, "brokers", None)
         yield from (b for b in _items(brokers) if isinstance(b, Broker))
         if isinstance(broker := getattr(owner, "broker", None), Broker):

@@ -24,8 +24,9 @@ from nats.js import JetStreamContext
 from nats.js.api import PubAck
 from nats.js.errors import APIError
 
+from ..address import AddressSyntax
 from ..clock import Clock, LoopClock
-from ..driver import Intake, Sink, Spec, SubscriptionSpec
+from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import (
     ConnectError,
     MessageTooLarge,
@@ -68,8 +69,9 @@ class NatsDriver:
     """
 
     name: ClassVar[str] = "nats"
-    syntax: ClassVar = SYNTAX
-    command: ClassVar = NatsPublish
+    syntax: ClassVar[AddressSyntax] = SYNTAX
+    command: ClassVar[type[PublishCommand]] = NatsPublish
+    control_headers: ClassVar[str] = "Nats-"
 
     def __init__(
         self,
@@ -227,12 +229,9 @@ class NatsDriver:
         await self._call("closed_cb")
         if self._closing:
             return
-        self.notify("closed", self._reason)
         limited = self._options["max_reconnect_attempts"] >= 0
         if limited or not self._options.get("allow_reconnect", True):
-            error = ConnectError(f"{self.describe()}: gave up reconnecting: {self._reason}")
-            for intake in list(self.intakes):
-                intake.lost(error)
+            self.notify("closed", f"gave up reconnecting: {self._reason}")
         else:
             self.spawn(self._revive())
 

@@ -28,6 +28,8 @@ MOST = 256
 #: Refilling faster than FAST seconds doubles what is held ready, slower than SLOW halves it:
 #: a fast handler is never kept waiting, a slow one hoards no more than a moment's work.
 FAST, SLOW = 0.02, 0.2
+#: Unsettled messages from which on it pays to look for repeated ones.
+CROWD = 4096
 #: Seconds to wait before a broken consumer is looked after again, at least and at most.
 PATIENCE = (0.1, 5.0)
 
@@ -97,6 +99,10 @@ class StreamFlow(Flow):
         while not self.paused:
             await self.driver.clock.sleep(min(HEARTBEAT, self.consumer.ack_wait / 3))
             self._last = max(self._last, self._delivered())
+            if len(self.open) > CROWD:
+                # Never settled, and delivered again under another address: the last one counts.
+                latest = {_sequence(reply): reply for reply in self.open}
+                self.open = dict.fromkeys(latest.values())
             if self.waiting and self.acknowledged:
                 with suppress(MillstreamError):
                     for raw in list(self.waiting):

@@ -443,6 +443,18 @@ class NatsPublish(NatsPublishOptions):
         return extra
 
 
+class NatsRequest(NatsPublish, kw_only=True):
+    """One request.
+
+    Fields:
+        message: the body before encoding.
+        subject: where it goes.
+        response_model: the type of the answer's body; without it the answer is a message.
+    """
+
+    response_model: Any = None
+
+
 def stream_name(stream: str | JStream) -> str:
     """The name of a stream given either way."""
     return stream if isinstance(stream, str) else stream.name or ""

@@ -38,6 +38,8 @@ class Kind:
     server: str | None = None
     #: Bytes of a message that the broker refuses; 0 if it takes any.
     too_large: int = 0
+    #: The default address of an address's dead letters.
+    dead: Callable[[Bench, str], str] = lambda bench, address: f"{address}.dlq"
     separator: str = "."
 
 
@@ -73,6 +75,10 @@ class Bench:
         group_name = group or f"own-{next(self._count)}"
         source = self.kind.source(self, address, group_name if group or self.acks else "")
         return (on or self.broker).subscriber(address, **{**source, **options})
+
+    def capture(self, address: str) -> Any:
+        """Declare a plain subscription to what is sent to an address, stored or not."""
+        return self.broker.subscriber(address)
 
     @property
     def acks(self) -> bool:

@@ -31,7 +31,7 @@ class DeadLetters:
     def __init__(self, bench: Bench, address: str) -> None:
         self.got: list[tuple[bytes, dict[str, str]]] = []
 
-        @bench.subscriber(address)
+        @bench.capture(address)
         async def dead(body: bytes, message: Message[Any]) -> None:
             self.got.append((body, dict(message.headers)))
 
@@ -269,7 +269,7 @@ async def test_the_dead_letter_can_be_bare(bench: Bench) -> None:
 
 @needs(REDELIVERS)
 async def test_by_default_the_dead_letter_is_named_after_the_source(bench: Bench) -> None:
-    dead = DeadLetters(bench, bench.address("named", "dlq"))
+    dead = DeadLetters(bench, bench.kind.dead(bench, bench.address("named")))
 
     @bench.subscriber(bench.address("named"), retry=Retry(attempts=1))
     async def handler(body: int) -> None:
@@ -323,14 +323,14 @@ async def test_what_a_consumer_left_unsettled_is_delivered_to_the_next(bench: Be
     address = bench.address("left")
 
     first = bench.subscriber(
-        address, group="g", ack_policy=AckPolicy.MANUAL, persistent=False, **bench.short
+        address, group="g", ack_policy=AckPolicy.MANUAL, persistent=False
     )
 
     @first
     async def leaves(body: int, message: Message[Any]) -> None:
         got.append(("first", body, message.delivery_count))
 
-    second = bench.subscriber(address, group="g", on=bench.second, persistent=False, **bench.short)
+    second = bench.subscriber(address, group="g", on=bench.second, persistent=False)
 
     @second
     async def takes(body: int, message: Message[Any]) -> None:
@@ -410,7 +410,7 @@ async def test_what_does_not_finish_in_time_is_handed_back(bench: Bench) -> None
     await bench.broker.publish(1, address)
     await bench.until(lambda: got)
     await second.start()
-    await bench.within(first.stop(deadline=bench.now() + 0.1))
+    await bench.within(first.running[0].stop(bench.now() + 0.1))
     await bench.until(lambda: len(got) == 2)
     assert [name for name, _ in got] == ["first", "second"]
     await second.stop()

@@ -89,6 +89,6 @@ def test_options_are_shown(checker: object) -> None:
         shown[line] = shown.get(line, "") + text
     for line, wanted in marked(REVEALS, "# shows:").items():
         # mypy spells types in full.
-        text = re.sub(r"\b(builtins|typing)\.", "", shown[line])
+        text = re.sub(r"\b(builtins|typing)\.", "", shown[line + 1])
         for part in wanted.split("; "):
             assert part in text, f"line {line}: {part!r} is not in {text}"

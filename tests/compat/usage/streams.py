@@ -28,9 +28,7 @@ async def manual(n: int, msg: NatsMessage):
     await msg.ack()
 
 
-@broker.subscriber(
-    f"{name}.again", stream=stream, durable="again", pull_sub=PullSub(batch_size=5)
-)
+@broker.subscriber(f"{name}.again", stream=stream, durable="again", pull_sub=PullSub(batch_size=5))
 async def again(n: int, msg: NatsMessage):
     attempt = msg.raw_message.metadata.num_delivered
     note(("again", attempt))

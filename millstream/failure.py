@@ -1,0 +1,320 @@
+"""What an error leads to: a retry, the dead letter, a settlement, an answer to the caller.
+
+Nothing here is on the way of a message that is handled without an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from .ack import TABLE, UNSETTLED, AckPolicy, Row, Settlement
+from .driver import Capability
+from .errors import (
+    AckMessage,
+    CapabilityError,
+    DecodeError,
+    HandlerException,
+    HandlerNotFound,
+    NackMessage,
+    RejectMessage,
+    SkipMessage,
+    StopApplication,
+    StopConsume,
+)
+from .log import log_error, log_line
+from .message import BatchMessage, Message
+from .middleware import Call
+from .retry import DEFAULT_RETRY, DeadLetter, Retry
+
+if TYPE_CHECKING:
+    from .subscription import Subscription
+
+_ACK, _NACK, _REJECT, _NONE = Settlement.ACK, Settlement.NACK, Settlement.REJECT, Settlement.NONE
+_TRACEBACK_LIMIT = 8 * 1024
+
+
+class Failures:
+    """The policy of one subscription, resolved, and what it does with errors."""
+
+    def __init__(self, subscription: Subscription) -> None:
+        self.subscription = subscription
+        self.spec, self.broker, self.name = (
+            subscription.spec,
+            subscription.broker,
+            subscription.name,
+        )
+        #: Messages whose handling failed, retries included; messages that were buried.
+        self.count = self.dead_lettered = 0
+        self._address: str | None = None
+        spec, scope = self.spec, subscription.scope
+        can = spec.capabilities
+        said = spec.ack_policy or scope.ack_policy
+        self.policy = said or AckPolicy.RETRY
+        self.row: Row = TABLE[self.policy] if Capability.ACK in can else UNSETTLED
+        asked = spec.retry or scope.retry
+        self.retry: Retry = asked or DEFAULT_RETRY
+        #: Retried at all: by default where the source can redeliver, elsewhere only if asked for.
+        self.retries = self.policy is AckPolicy.RETRY and (
+            Capability.NACK in can or asked is not None
+        )
+        where = self.retry.where
+        if where == "auto":
+            delayed = Capability.NACK_DELAY in can and spec.ordered_by is None
+            where = "broker" if delayed else "lane"
+        self.retry_here = self.retries and where == "lane"
+        named = scope.dead_letter if spec.dead_letter is msgspec.UNSET else spec.dead_letter
+        then = self.retry.then
+        if isinstance(then, DeadLetter):
+            named = then
+        self.dead_letter: DeadLetter | None
+        if named is msgspec.UNSET:
+            wanted = self.policy is AckPolicy.RETRY and Capability.NACK in can
+            self.dead_letter = DeadLetter() if wanted and not isinstance(then, Settlement) else None
+        elif isinstance(named, str):
+            self.dead_letter = DeadLetter(named)
+        else:
+            self.dead_letter = named
+        self.last_resort = then if isinstance(then, Settlement) else _REJECT
+
+    def check(self) -> None:
+        """Raise a :class:`SetupError` for a policy that the source cannot keep."""
+        can = self.spec.capabilities
+        harmless = (None, AckPolicy.MANUAL, AckPolicy.ACK_FIRST)
+        if Capability.ACK not in can and self.spec.ack_policy not in harmless:
+            raise CapabilityError(
+                f"{self.spec.destination!r} cannot acknowledge, so "
+                f"ack_policy={self.spec.ack_policy} has no meaning",
+                fix="leave ack_policy out, or subscribe to a source that stores its messages",
+            )
+        if self.retry.where == "broker" and self.retries and Capability.NACK_DELAY not in can:
+            raise CapabilityError(
+                f"{self.spec.destination!r} cannot delay a redelivery, "
+                "so Retry(where='broker') is impossible",
+                fix="use where='lane' or 'auto'",
+            )
+
+    def retrying(self, call: Call) -> Call:
+        """Retries in place: the lane waits, so the order is kept."""
+        retry, clock = self.retry, self.broker.clock
+
+        async def call_again(message: Message[Any]) -> Any:
+            attempt = message.attempt
+            while True:
+                try:
+                    return await call(message)
+                except (HandlerException, StopConsume, DecodeError, HandlerNotFound):
+                    raise
+                except Exception as error:
+                    if not retry.again(error, attempt):
+                        raise
+                    delay = retry.backoff(attempt)
+                    self._log(
+                        message,
+                        error,
+                        f"attempt {attempt} of {retry.attempts} failed, again in {delay:.3g} s",
+                    )
+                    await clock.sleep(delay)
+                    attempt += 1
+
+        return call_again
+
+    async def abandoned(self, message: Message[Any]) -> None:
+        """A handler was cancelled at the end of the drain: hand its message back."""
+        self.subscription.returned += 1
+        if message.settled is None and self.row.cancelled is not _NONE:
+            try:
+                async with asyncio.timeout(1):
+                    await asyncio.shield(asyncio.ensure_future(message.settle(self.row.cancelled)))
+            except Exception as error:
+                log_error(self.broker.logger, f"{self.name}: cannot hand back: {error}", error)
+
+    async def handle(self, message: Message[Any], error: BaseException) -> None:
+        """Everything that follows an exception; never on the way of a success."""
+        try:
+            await self._fail(message, error)
+        except Exception as second:
+            # The broker is away or refuses: unsettled messages come back by its deadline.
+            log_error(
+                self.broker.logger,
+                f"{self.name}: cannot settle after {type(error).__name__}: {second}",
+                second,
+            )
+
+    async def _fail(self, message: Message[Any], error: BaseException) -> None:
+        if isinstance(error, HandlerException):
+            await self._settle_as_told(message, error)
+            return
+        if isinstance(error, StopConsume | StopApplication):
+            if Capability.NACK in self.spec.capabilities:
+                await message.settle(_NACK, 0.0)
+            if isinstance(error, StopConsume):
+                self.broker.spawn(
+                    self.subscription.stop(self.broker.clock.now() + self.broker.graceful_timeout)
+                )
+            else:
+                self.broker.stop_application()
+            return
+        self.count += 1
+        if self.broker.probe is not None:
+            self.broker.probe.failed(error)
+        if isinstance(error, DecodeError) and isinstance(message, BatchMessage):
+            if await self._split(message, error):
+                return
+        poison = isinstance(error, DecodeError | HandlerNotFound)
+        attempt = message.attempt
+        if message.settled is not None:
+            self._log(message, error, "failed after it was settled")
+        elif (
+            self.retries and not self.retry_here and not poison and self.retry.again(error, attempt)
+        ):
+            delay = self.retry.backoff(attempt)
+            self._log(
+                message,
+                error,
+                f"attempt {attempt} of {self.retry.attempts} failed, again in {delay:.3g} s",
+            )
+            await message.settle(_NACK, delay)
+            return
+        elif self.dead_letter is not None and (poison or self.policy is AckPolicy.RETRY):
+            await self._bury(message, error, attempt)
+        else:
+            how = self.row.decode_error if poison else self.row.error
+            if self.policy is AckPolicy.RETRY and how is _NACK:
+                how = self.last_resort
+            wait = self.retry.backoff(attempt) if how is _NACK else None
+            self._log(
+                message, error, _OUTCOMES[how] if self.row is not UNSETTLED else "failed, dropped"
+            )
+            if how is not _NONE:
+                await message.settle(how, wait)
+        await self._answer_failure(message, error)
+
+    async def _settle_as_told(self, message: Message[Any], error: HandlerException) -> None:
+        options = dict(error.options)
+        delay = options.pop("delay", None)
+        if isinstance(error, SkipMessage) or self.row is UNSETTLED:
+            return
+        if isinstance(error, AckMessage):
+            await message.settle(_ACK, **options)
+        elif isinstance(error, RejectMessage):
+            await message.settle(_REJECT, **options)
+        elif isinstance(error, NackMessage):
+            # Without a delay of its own, the retry's: no policy redelivers in a hot loop.
+            await message.settle(
+                _NACK, self.retry.backoff(message.attempt) if delay is None else delay, **options
+            )
+
+    async def _split(self, batch: BatchMessage, error: DecodeError) -> bool:
+        """Part the bad messages of a batch from the good, and handle the good ones."""
+        read = self.subscription.plans[0].read_one
+        if read is None or len(batch.messages) < 2:
+            return False
+        good: list[Any] = []
+        for message in batch.messages:
+            try:
+                read(message)
+                good.append(message.raw)
+            except DecodeError as bad:
+                await self.handle(message, bad)
+        if len(good) == len(batch.messages):
+            return False
+        if good:
+            await self.subscription.deliver(good)
+        return True
+
+    async def _bury(self, message: Message[Any], error: BaseException, attempt: int) -> None:
+        """Publish to the dead letter, and settle the original only when that is confirmed."""
+        assert self.dead_letter is not None
+        messages = message.messages if isinstance(message, BatchMessage) else [message]
+        driver = self.broker.driver
+        try:
+            if self._address is None:
+                self._address = await driver.dead_letter(self.spec, self.dead_letter.destination)
+            for single in messages:
+                if single.settled is not None:
+                    continue
+                command = driver.command()
+                command.destination = self._address
+                command.message = single.body
+                command.timeout = self.broker.publish_timeout
+                headers = {
+                    k: v
+                    for k, v in single.headers.items()
+                    if not (driver.control_headers and k.startswith(driver.control_headers))
+                }
+                if self.dead_letter.headers:
+                    headers.update(self._cause(single, error, attempt))
+                await driver.publish(command, single.body, headers)
+                await single.settle(_ACK)
+                self.dead_lettered += 1
+        except Exception as second:
+            delay = self.retry.backoff(attempt)
+            self._log(
+                message,
+                error,
+                f"failed, and its dead letter too ({second}); again in {delay:.3g} s",
+            )
+            if Capability.NACK in self.spec.capabilities:
+                await message.settle(_NACK, delay)
+            return
+        self._log(
+            message,
+            error,
+            f"failed for good after attempt {attempt}, now in {self._address}",
+        )
+
+    def _cause(self, message: Message[Any], error: BaseException, attempt: int) -> dict[str, str]:
+        cause = {
+            "ms-error": str(error)[:2000],
+            "ms-error-type": type(error).__name__,
+            "ms-traceback": "".join(traceback.format_exception(error))[-_TRACEBACK_LIMIT:],
+            "ms-origin": message.destination,
+            "ms-attempts": str(attempt),
+            "ms-failed-at": datetime.fromtimestamp(self.broker.clock.wall(), UTC).isoformat(),
+            "ms-handler": self.name,
+        }
+        if isinstance(error, DecodeError):
+            cause |= {"ms-path": error.path, "ms-expected": error.expected, "ms-got": error.got}
+        return {name: _one_line(value) for name, value in cause.items() if value}
+
+    async def _answer_failure(self, message: Message[Any], error: BaseException) -> None:
+        """Tell who waits for an answer that there will be none."""
+        if Capability.REPLY not in self.spec.capabilities or self.spec.no_reply or self.spec.batch:
+            return
+        reply_to = message.reply_to
+        if not reply_to:
+            return
+        command = self.broker.driver.command()
+        command.destination = reply_to
+        command.timeout = self.broker.publish_timeout
+        headers = {"ms-error": _one_line(str(error)[:2000]), "ms-error-type": type(error).__name__}
+        correlation_id = message.known_correlation_id
+        if correlation_id:
+            headers["correlation_id"] = correlation_id
+        await self.broker.driver.publish(command, b"", headers)
+
+    def _log(self, message: Message[Any], error: BaseException, outcome: str) -> None:
+        text = f"{self.name}: {outcome}: {type(error).__name__}: {error} [{message.destination}]"
+        if isinstance(error, DecodeError | HandlerNotFound):
+            # Nobody's code failed, so a traceback would say nothing.
+            log_line(self.broker.logger, "error", text)
+        else:
+            log_error(self.broker.logger, text, error)
+
+
+_OUTCOMES = {
+    _ACK: "failed, acknowledged all the same",
+    _NACK: "failed, will be delivered again",
+    _REJECT: "failed, dropped",
+    _NONE: "failed, left unsettled",
+}
+
+
+def _one_line(value: str) -> str:
+    """Header values are single lines on every broker."""
+    return value.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")

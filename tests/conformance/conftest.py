@@ -1,0 +1,38 @@
+"""The fixture ``bench``, once for each kind of source that can do what a behaviour needs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from millstream.driver import Capability
+from tests.conformance.bench import Bench
+from tests.conformance.kinds import KINDS
+
+
+def needs(capability: Capability) -> Callable[[Any], Any]:
+    """Try a behaviour only where the source has all of these capabilities."""
+
+    def mark(function: Any) -> Any:
+        function.needs = capability
+        return function
+
+    return mark
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "bench" in metafunc.fixturenames:
+        needed = getattr(metafunc.function, "needs", Capability.NOTHING)
+        kinds = [kind for kind in KINDS if needed in kind.capabilities]
+        metafunc.parametrize("bench", kinds, ids=[kind.name for kind in kinds], indirect=True)
+
+
+@pytest.fixture
+async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
+    kind = request.param
+    url = request.getfixturevalue(kind.server).url if kind.server else "nats://127.0.0.1:1"
+    bench = Bench(kind, url)
+    yield bench
+    await bench.stop()

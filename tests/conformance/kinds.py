@@ -1,0 +1,112 @@
+"""All kinds of sources that the behaviours are tried on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from millstream.clock import VirtualClock
+from millstream.memory import MemoryBroker, MemoryBus, MemorySubscription
+from millstream.nats import NatsBroker, NatsSubscription
+from millstream.nats.testing import TestNatsBroker
+from tests.conformance.bench import Bench, Kind
+
+
+@asynccontextmanager
+async def started(bench: Bench) -> AsyncIterator[None]:
+    """The brokers run by themselves."""
+    try:
+        for broker in bench.brokers:
+            await broker.start()
+        yield
+    finally:
+        for broker in bench.brokers:
+            await broker.stop()
+
+
+# Memory
+
+
+def memory(bench: Bench) -> MemoryBroker:
+    bench.clock = bench.clock or VirtualClock()
+    bench.shared = bench.shared or MemoryBus()
+    return MemoryBroker(bench.shared, clock=bench.clock)
+
+
+def memory_plain(bench: Bench, address: str, group: str) -> dict[str, Any]:
+    return {"queue": group}
+
+
+def memory_durable(bench: Bench, address: str, group: str) -> dict[str, Any]:
+    return {"durable": f"{bench.prefix}-{group}", "ack_deadline": 2.0}
+
+
+# NATS
+
+
+def nats(bench: Bench) -> NatsBroker:
+    return NatsBroker(bench.url)
+
+
+def nats_core(bench: Bench, address: str, group: str) -> dict[str, Any]:
+    return {"queue": group}
+
+
+def nats_stream(bench: Bench, address: str, group: str) -> dict[str, Any]:
+    from millstream.nats import ConsumerConfig
+
+    return {
+        "stream": bench.prefix,
+        "durable": group,
+        "config": ConsumerConfig(ack_wait=2.0),
+    }
+
+
+@asynccontextmanager
+async def in_memory(bench: Bench) -> AsyncIterator[None]:
+    bench.clock = VirtualClock()
+    async with TestNatsBroker(*bench.brokers, clock=bench.clock, wait=False):
+        yield
+
+
+_CORE = NatsSubscription("a").capabilities
+_STREAM = NatsSubscription("a", stream="s", durable="d").capabilities
+
+KINDS = [
+    Kind(
+        "memory",
+        MemorySubscription("a").capabilities,
+        memory,
+        started,
+        memory_plain,
+    ),
+    Kind(
+        "memory-durable",
+        MemorySubscription("a", durable="d").capabilities,
+        memory,
+        started,
+        memory_durable,
+    ),
+    Kind("test-nats", _CORE, nats, in_memory, nats_core, too_large=2_000_000),
+    Kind(
+        "test-jetstream",
+        _STREAM,
+        nats,
+        in_memory,
+        nats_stream,
+        too_large=2_000_000,
+        dead=lambda bench, address: f"{bench.prefix}.dlq",
+    ),
+    Kind("nats", _CORE, nats, started, nats_core, server="nats", too_large=2_000_000),
+    Kind(
+        "jetstream",
+        _STREAM,
+        nats,
+        started,
+        nats_stream,
+        server="nats",
+        too_large=2_000_000,
+        dead=lambda bench, address: f"{bench.prefix}.dlq",
+    ),
+]
