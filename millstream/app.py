@@ -108,6 +108,7 @@ class Millstream:
         if broker in self.brokers:
             raise SetupError("this broker was added before", code="MS131")
         self.brokers.append(broker)
+        self._adopt(broker)
 
     def on_startup(self, hook: F) -> F:
         """Run ``hook`` before the brokers connect."""
@@ -129,15 +130,14 @@ class Millstream:
         self._hooks["after_shutdown"].append(hook)
         return hook
 
-    def adopt(self) -> None:
-        """Make the brokers part of this application; done by ``start``."""
-        for broker in self.brokers:
-            broker.app = self
-            broker.on_stop_application = self.exit
-            for key, value in broker.context.context.items():
-                if key not in self.context:
-                    self.context.set_global(key, value)
-            broker.context = self.context
+    def _adopt(self, broker: Broker) -> None:
+        """Make a broker part of this application: one context, one logger."""
+        broker.app = self
+        broker.on_stop_application = self.exit
+        for key, value in broker.context.context.items():
+            if key not in self.context:
+                self.context.set_global(key, value)
+        broker.context = self.context
 
     async def start(self, **extra: Any) -> None:
         """Start everything; ``extra`` are command-line options for hooks and lifespan.
@@ -151,7 +151,8 @@ class Millstream:
             raise StateError("the application runs already", state="running")
         if not self.brokers:
             raise StateError("the application has no broker", wanted="a broker")
-        self.adopt()
+        for broker in self.brokers:
+            self._adopt(broker)  # again: another application may have had it since
         async with AsyncExitStack() as stack:
             if self.lifespan is not None:
                 entered = await call_with(self.lifespan, self._site(self.lifespan), extra)

@@ -47,13 +47,17 @@ def _field_default(value: Any) -> Any:
 
 
 def reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
-    """The function from a message to the decoded body."""
+    """The function from a message to the decoded body, or from a batch to a list of them."""
+    if site.spec is None or site.spec.batch is None:
+        return single_reader(site, type_, default)
+    read_one = single_reader(site, element(type_), MISSING)
+    return lambda message: [read_one(m) for m in message.messages]
+
+
+def single_reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
+    """The function from one message to its decoded body."""
     what = f"the body of a message for {site.name}"
     codec = site.codec
-    spec = site.spec
-    if spec is not None and spec.batch is not None:
-        read_one = reader(single(site), element(type_), MISSING)
-        return lambda message: [read_one(m) for m in message.messages]
     if type_ is Any or type_ is object:
 
         def read_any(message: Any) -> Any:
@@ -87,12 +91,6 @@ def reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
 
 def _allows_none(type_: Any) -> bool:
     return type_ is None or type(None) in getattr(type_, "__args__", ())
-
-
-def single(site: Site) -> Site:
-    """The same site without its batch."""
-    assert site.spec is not None
-    return msgspec.structs.replace(site, spec=msgspec.structs.replace(site.spec, batch=None))
 
 
 def empty_default(body: Mapping[str, Param]) -> Any:

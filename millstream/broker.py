@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, MutableMapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Self, TypedDict, Unpack
 
@@ -127,7 +127,7 @@ class Broker(Endpoints):
         self.context = options.get("context") or ContextRepo()
         self.sources: list[ParameterSource] = list(options.get("sources", ()))
         #: Dependency → what stands in for it; changes are noticed while the broker runs.
-        self.dependency_overrides: dict[Any, Any] = {}
+        self.dependency_overrides: MutableMapping[Any, Any] = {}
         self.graceful_timeout = options.get("graceful_timeout", 15.0)
         self.startup_timeout = options.get("startup_timeout", 30.0)
         self.publish_timeout = options.get("publish_timeout", 5.0)

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from .ack import Settlement
+from .body import reader
 from .driver import Capability, Sink
 from .errors import HandlerNotFound, SetupError, StopApplication
 from .log import log_error
@@ -92,7 +93,10 @@ class Delivery:
         )
         plan = compile_plan(handler.function, site)
         self.plans.append(plan)
-        if self.link.decode is None:
+        if len(self.subscription.subscriber.entries) > 1:
+            # Whose annotation would hold? Filters, too, ask before a handler is chosen.
+            self.link.decode = reader(site, Any, MISSING)
+        else:
             self.link.decode = plan.read
         call = plan.call
         if spec.handler_timeout is not None:

@@ -121,10 +121,7 @@ class JSONFormatter(logging.Formatter):
         entry |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if trace := _with_traceback(self, record, ""):
             entry["exception"] = trace
-        try:
-            return msgspec.json.encode(entry, enc_hook=repr).decode()
-        except Exception:  # a value that msgspec cannot write, such as a key that is no string
-            return msgspec.json.encode({key: str(value) for key, value in entry.items()}).decode()
+        return msgspec.json.encode(entry, enc_hook=repr).decode()
 
 
 def _with_traceback(formatter: logging.Formatter, record: logging.LogRecord, line: str) -> str:

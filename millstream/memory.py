@@ -65,11 +65,12 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
         durable: the name of the store; subscriptions with the same name share it.
         ack_wait: seconds until an unsettled message is delivered again.
         max_deliver: deliveries after which the store gives a message up; 0 is no limit.
-        replay: whether a new store begins with the kept messages of its addresses.
+        replay: which of the kept messages of its addresses a new store begins with; ``latest``
+            is the newest of each address, ``last`` the newest of all.
         kept: the log that keeps the messages, settled or not; the store then takes only what
             the log does.
         acks: whether the store waits for acknowledgements.
-        temporary: the store ends with its subscription.
+        temporary: the store is not made before there is a subscription.
     """
 
     patterns: tuple[str, ...]
@@ -77,7 +78,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     durable: str = ""
     ack_wait: float = 30.0
     max_deliver: int = 0
-    replay: bool = True
+    replay: str = "all"
     kept: str = ""
     acks: bool = True
     temporary: bool = False
@@ -255,10 +256,11 @@ class MemoryBus:
                 )
             return store
         store = self.stores[source.durable] = Store(source, addresses, self.logs.get(source.kept))
-        if source.replay:
-            for record in self._kept():
-                if store.wants(record.destination):
-                    store.put(Entry(record, store))
+        records = [record for record in self._kept() if store.wants(record.destination)]
+        if source.replay == "latest":
+            records = [*{record.destination: record for record in records}.values()]
+        for record in {"none": [], "last": records[-1:]}.get(source.replay, records):
+            store.put(Entry(record, store))
         return store
 
     def _kept(self) -> list[Record]:
@@ -392,8 +394,6 @@ class MemoryIntake:
         if self.store is not None:
             await self.pause()
         self.fetched.clear()
-        if self.source.temporary:
-            self.bus.stores.pop(self.source.durable, None)
         if asyncio.current_task() is not self.task:
             self.task.cancel()
             await asyncio.wait([self.task])

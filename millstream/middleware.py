@@ -112,6 +112,8 @@ class _Hooks(Middleware):
 
         async def send(command: Any) -> Any:
             message = current.get()
+            if command.headers is None:
+                command.headers = {}  # the hook may add to it
             hooks = factory(message.raw if message is not None else None, context=context)
             return await hooks.publish_scope(call_next, command)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .body import custom_reader, element, empty_default, fields_type, reader, single
+from .body import custom_reader, element, empty_default, fields_type, reader, single_reader
 from .codec import Codec, as_decode_error, converter, show_type
 from .context import ContextRepo, follow
 from .errors import ContextError, DecodeError, SetupError, SetupErrors, SignatureError
@@ -474,7 +474,7 @@ def compile_plan(handler: Callable[..., Any], site: Site) -> Plan:
         _after(afters, closes),
         compiler.has_dependencies,
         recipe.read or reader(site, Any, MISSING),
-        reader(single(site), element(body_type), MISSING)
+        single_reader(site, element(body_type), MISSING)
         if batch and body_type is not MISSING
         else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, overload
@@ -11,6 +11,7 @@ from unittest.mock import MagicMock
 
 import msgspec
 
+from .body import reader
 from .broker import Broker, State
 from .clock import VirtualClock
 from .codec import JSON, Codec, decode_any
@@ -20,6 +21,7 @@ from .errors import DecodeError, RequestTimeout, SetupError, StateError
 from .memory import Delivery, Entry, MemoryBus, MemoryDriver
 from .message import Message
 from .middleware import Call, Middleware, Send
+from .params import MISSING
 from .publisher import Publisher
 from .spy import Spied
 
@@ -137,6 +139,9 @@ class _Spy(Middleware):
 
     def consume(self, call_next: Call, site: Site) -> Call:
         recorder = self.probe.recorder(site.handler, site.name)
+        # What was on the wire, not what the handler's annotation makes of it: tests compare
+        # with what they published.
+        read = reader(site, Any, MISSING) if site.decoder is None else None
 
         async def call(message: Message[Any]) -> Any:
             try:
@@ -144,17 +149,19 @@ class _Spy(Middleware):
             except DecodeError:
                 raise
             except Exception:
-                await _record(recorder, message)
+                await _record(recorder, message, read)
                 raise
-            await _record(recorder, message)
+            await _record(recorder, message, read)
             return result
 
         return call
 
 
-async def _record(recorder: Recorder, message: Message[Any]) -> None:
+async def _record(
+    recorder: Recorder, message: Message[Any], read: Callable[[Message[Any]], Any] | None
+) -> None:
     recorder.record(
-        await message.decode(),
+        await message.decode() if read is None else read(message),
         headers=dict(message.headers),
         path=message.path,
         destination=message.destination,

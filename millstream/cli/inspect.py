@@ -56,9 +56,6 @@ def check(target: str, app_dir: str, factory: bool) -> int:
     """Print every wrong declaration; returns the exit code."""
     found = _load(target, app_dir, factory)
     brokers = found.brokers
-    adopt = getattr(found.object, "adopt", None)
-    if adopt is not None:
-        adopt()
     errors = _compile(brokers)
     for error in errors:
         _print_error(error)

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import logging
 import signal
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -43,11 +44,15 @@ def execute(options: RunOptions, channel: Channel | None = None) -> int:
     except UserCodeError as error:
         return fail(f"{options.target} failed\n{error}")
     except Exception as error:
-        return fail(problem(options.target, error))
+        everything = (options.log_level or "").lower() == "debug"
+        return fail(problem(options.target, error, everything=everything))
 
 
-def problem(target: str, error: Exception) -> str:
-    """An error for people: its text where that says all, else with the user's frames."""
+def problem(target: str, error: Exception, *, everything: bool = False) -> str:
+    """An error for people: its text where that says all, else with the user's frames;
+    ``everything`` shows all frames."""
+    if everything:
+        return "".join(traceback.format_exception(error)).rstrip()
     if isinstance(error, SetupError | ConnectError | BindError):
         return str(error)
     trace = own_traceback(error)

@@ -162,11 +162,12 @@ def _import(name: str, directory: Path) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise UserCodeError(error) from error
-        if error.name != name and error.name in sys.modules:
-            place, choice = f"in {error.name}", []
-        else:
-            place, choice = f"in {directory}", _modules(directory)
-        near = difflib.get_close_matches(name, choice, 1)
+        package, _, last = name.rpartition(".")
+        parent = sys.modules.get(package)
+        place = f"in {directory}" if parent is None else f"in {package}"
+        places = [directory] if parent is None else map(Path, getattr(parent, "__path__", ()))
+        choice = [found for path in places for found in _modules(path)]
+        near = difflib.get_close_matches(last, choice, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         if not near and choice:
             hint = f"; found {', '.join(choice[:8])}{', ...' if len(choice) > 8 else ''}"
@@ -179,7 +180,7 @@ def _import(name: str, directory: Path) -> ModuleType:
 
 def _modules(directory: Path) -> list[str]:
     """The modules and packages that stand in a directory."""
-    found = [entry.stem for entry in directory.glob("*.py") if entry.stem.isidentifier()]
+    found = [entry.stem for entry in directory.glob("*.py") if not entry.stem.startswith("_")]
     found += [entry.parent.name for entry in directory.glob("*/__init__.py")]
     return sorted(found)
 

@@ -50,6 +50,8 @@ from .streams import Streams
 
 #: Seconds for a JetStream API call where nothing else is said.
 API_TIMEOUT = 5.0
+#: Seconds after which a message with an id is sent again if no confirmation came.
+RESEND = 1.0
 #: Bytes that may wait for the socket before publishers have to wait (nats-py's own bound).
 PENDING = 2 * 1024 * 1024
 
@@ -377,18 +379,24 @@ class NatsDriver:
         self, subject: str, data: bytes, headers: dict[str, str] | None, timeout: float
     ) -> PubAck:
         """Publish into a stream; nobody else has to wait for this confirmation."""
-        end = self.clock.now() + timeout
+        now = self.clock.now
+        end = now() + timeout
+        # With an id, the stream itself sees to it that trying again stores nothing twice.
+        patience = RESEND if headers and "Nats-Msg-Id" in headers else timeout
         while True:
             try:
-                reply = await self._ask(subject, data, headers, max(end - self.clock.now(), 0.01))
+                left = max(end - now(), 0.01)
+                reply = await self._ask(subject, data, headers, min(patience, left))
                 break
             except RequestTimeout:
+                if now() + 0.01 < end:
+                    continue
                 raise PublishTimeout(
                     f"no stream confirmed a message to {subject!r} within {timeout:g} s"
                 ) from None
             except NoResponders:
                 # A stream between two leaders answers again soon (as in nats.go, twice 250 ms).
-                if self.clock.now() + 0.25 > min(end, end - timeout + 0.6):
+                if now() + 0.25 > min(end, end - timeout + 0.6):
                     raise PublishError(
                         f"no stream stores {subject!r}: declare it with stream= on a subscriber "
                         "or publisher, or leave out stream= (and message_id=) here"

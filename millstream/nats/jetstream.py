@@ -217,6 +217,8 @@ class PullFlow(StreamFlow):
         #: Messages asked for that have not come yet.
         self.pending = 0
         self._pulled = 0.0
+        #: Whether the sink took a message since then.
+        self._done = False
         # Without acknowledgements a gap shows in the consumer's own numbers.
         self._ordered = spec.watch is not None or spec.ordered_consumer
         self._expected = 1
@@ -237,10 +239,11 @@ class PullFlow(StreamFlow):
         if self.acknowledged and consumer.max_ack_pending:
             most = min(most, consumer.max_ack_pending)
         since = now - self._pulled
-        if since < FAST:
+        if since < FAST and self._done:
             self.target = min(self.target * 2, most)
         elif since > SLOW:
             self.target = max(self.target // 2, min(self.least, most))
+        self._done = False
         wanted = self.target - self.pending - len(self.waiting)
         if consumer.max_batch:
             wanted = min(wanted, consumer.max_batch)
@@ -305,6 +308,7 @@ class PullFlow(StreamFlow):
             if raw is None:
                 return
         await self.sink(raw)
+        self._done = True
 
     def _view(self, msg: Msg) -> Any:
         """What the watcher of a store gets to see; None for what it does not want."""
@@ -373,6 +377,10 @@ class _FlowControl(msgspec.Struct):
 class PushFlow(StreamFlow):
     """The server sends by itself, up to ``max_ack_pending`` and its flow control."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._count = 0
+
     async def start(self) -> None:
         await super().start()
         if self.consumer.bound and not self.consumer.deliver_group:
@@ -383,16 +391,12 @@ class PushFlow(StreamFlow):
             )
 
     async def attach(self) -> None:
-        consumer, most = self.consumer, self.spec.max_msgs
         self.heard = self.driver.clock.now()
         self._sub = await self.driver.client.subscribe(
-            consumer.deliver_subject or "",
-            queue=consumer.deliver_group,
+            self.consumer.deliver_subject or "",
+            queue=self.consumer.deliver_group,
             future=Tap(self._arrived),
-            max_msgs=most,
         )
-        if most:
-            await self._sub.unsubscribe(limit=most)
 
     def _arrived(self, msg: Msg) -> None:
         self.heard = self.driver.clock.now()
@@ -402,6 +406,13 @@ class PushFlow(StreamFlow):
             if asked := headers.get("Nats-Consumer-Stalled") or msg.reply:
                 self.put(_FlowControl(asked))
             return
+        if most := self.spec.max_msgs:
+            # Counted here: nats-py would count the heartbeats too.
+            self._count += 1
+            if self._count > most:
+                return
+            if self._count == most:
+                self.driver.spawn(self._leave())
         self._failures = 0
         self._latest = msg
         if self.acknowledged:

@@ -68,9 +68,7 @@ class Bench:
         """An address of this test's own; segments may be placeholders."""
         return self.kind.separator.join((self.prefix, *segments))
 
-    def subscriber(
-        self, address: str, *, group: str = "", on: Any = None, **options: Any
-    ) -> Any:
+    def subscriber(self, address: str, *, group: str = "", on: Any = None, **options: Any) -> Any:
         """Declare a subscription of the bench's kind."""
         group_name = group or f"own-{next(self._count)}"
         source = self.kind.source(self, address, group_name if group or self.acks else "")

@@ -8,7 +8,8 @@ from typing import Any
 
 from millstream.clock import VirtualClock
 from millstream.memory import MemoryBroker, MemoryBus, MemorySubscription
-from millstream.nats import NatsBroker, NatsSubscription
+from millstream.nats import ConsumerConfig, NatsBroker
+from millstream.nats.options import NatsSubscription
 from millstream.nats.testing import TestNatsBroker
 from tests.conformance.bench import Bench, Kind
 
@@ -54,8 +55,6 @@ def nats_core(bench: Bench, address: str, group: str) -> dict[str, Any]:
 
 
 def nats_stream(bench: Bench, address: str, group: str) -> dict[str, Any]:
-    from millstream.nats import ConsumerConfig
-
     return {
         "stream": bench.prefix,
         "durable": group,

@@ -332,9 +332,7 @@ async def test_a_response_carries_headers_and_the_correlation_id_goes_on(bench: 
 
     @bench.subscriber(bench.address("out"))
     async def out(body: str, message: Message[Any]) -> None:
-        got.append(
-            (body, message.headers["from"], message.headers["kept"], message.correlation_id)
-        )
+        got.append((body, message.headers["from"], message.headers["kept"], message.correlation_id))
 
     await bench.start()
     await bench.broker.publish("x", bench.address("in"), correlation_id="c-7")

@@ -322,9 +322,7 @@ async def test_what_a_consumer_left_unsettled_is_delivered_to_the_next(bench: Be
     got: list[tuple[str, int, int]] = []
     address = bench.address("left")
 
-    first = bench.subscriber(
-        address, group="g", ack_policy=AckPolicy.MANUAL, persistent=False
-    )
+    first = bench.subscriber(address, group="g", ack_policy=AckPolicy.MANUAL, persistent=False)
 
     @first
     async def leaves(body: int, message: Message[Any]) -> None:

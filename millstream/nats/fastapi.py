@@ -1,0 +1,63 @@
+"""NATS in a FastAPI application: a router for messages and HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Unpack
+
+from ..endpoints import declares, produces
+from ..fastapi.router import RouterOptions, StreamRouter
+from ..params import Context, Depends, Header, Logger, Path
+from .annotations import Client, ContextRepo, JsClient, NatsBroker, NatsMessage, ObjectStorage
+from .broker import NatsBroker as _NatsBroker
+from .broker import NatsConnect
+from .broker import NatsRouter as _NatsRouter
+from .options import NatsPublication, NatsSubscription
+
+__all__ = [
+    "Client",
+    "Context",
+    "ContextRepo",
+    "Depends",
+    "Header",
+    "JsClient",
+    "Logger",
+    "NatsBroker",
+    "NatsMessage",
+    "NatsRouter",
+    "ObjectStorage",
+    "Path",
+]
+
+
+class NatsRouterOptions(RouterOptions, NatsConnect, total=False):
+    """Options of :class:`NatsRouter`: of the broker, of ``APIRouter`` and of the integration."""
+
+    broker: _NatsBroker
+
+
+class NatsRouter(StreamRouter):
+    """An ``APIRouter`` with a NATS broker.
+
+    Args:
+        servers: as of :class:`millstream.nats.NatsBroker`.
+        options: the broker's, ``APIRouter``'s (``prefix``, ``tags``, ``dependencies`` … are
+            the HTTP side's), ``try_it``, ``setup_state``, ``resolver``; or ``broker=``, one
+            that is there already.
+    """
+
+    broker_class = _NatsBroker
+    router_class = _NatsRouter
+    subscriber = declares(NatsSubscription)
+    publisher = produces(NatsPublication)
+
+    if TYPE_CHECKING:
+
+        @property
+        def broker(self) -> _NatsBroker: ...
+
+    def __init__(
+        self, servers: str | Sequence[str] | None = None, **options: Unpack[NatsRouterOptions]
+    ) -> None:
+        given: dict[str, Any] = dict(options)
+        super().__init__(*(() if servers is None else (servers,)), **given)
