@@ -230,8 +230,13 @@ async def fastapi(url: str, scenario: str, subject: str) -> Contender:
 
 @asynccontextmanager
 async def faststream(url: str, scenario: str, subject: str) -> Contender:
-    from faststream import Depends, Logger
-    from faststream.nats import JStream, NatsBroker, NatsMessage, PullSub
+    from faststream import Depends, Logger  # pyright: ignore[reportMissingImports]
+    from faststream.nats import (  # pyright: ignore[reportMissingImports]
+        JStream,
+        NatsBroker,
+        NatsMessage,
+        PullSub,
+    )
 
     # Its access log (two lines a message by default) is off, so that work is compared.
     broker = NatsBroker(url, logger=log)

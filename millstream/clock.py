@@ -21,12 +21,15 @@ class Clock(Protocol):
 
     def now(self) -> float:
         """Seconds on a clock that never goes back."""
+        ...
 
     def wall(self) -> float:
         """Seconds since the epoch."""
+        ...
 
     def call_later(self, delay: float, call: Callable[..., Any], *args: Any) -> Timer:
         """Run ``call(*args)`` in ``delay`` seconds."""
+        ...
 
     async def sleep(self, delay: float) -> None:
         """Wait ``delay`` seconds."""

@@ -30,6 +30,7 @@ class Codec(Protocol):
 
     def decoder(self, type_: Any, /) -> Decode:
         """A function from bytes to a value of ``type_``; any exception of it is a decode error."""
+        ...
 
     def encode(self, value: Any, /) -> tuple[bytes, str | None]:
         """The bytes of a value and the content type to announce, if any.
@@ -37,6 +38,7 @@ class Codec(Protocol):
         Raises:
             EncodeError: there is no such representation.
         """
+        ...
 
 
 def _plain(value: Any) -> tuple[bytes, str | None] | None:

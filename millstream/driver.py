@@ -239,6 +239,7 @@ class Intake(Protocol):
         given to the sink are handed back to the broker at once where the source can settle,
         and are given to the sink first where it cannot. Returns how many were handed back.
         """
+        ...
 
     async def close(self) -> None:
         """Free what the subscription holds and cancel the sink call that still runs."""
@@ -269,6 +270,7 @@ class Driver(Protocol):
 
     def describe(self) -> str:
         """The broker's address, without any password."""
+        ...
 
     async def connect(self) -> None:
         """Connect, in one attempt; afterwards a lost connection comes back by itself.
@@ -282,6 +284,7 @@ class Driver(Protocol):
 
     async def ping(self, timeout: float) -> bool:
         """Whether the broker answers within ``timeout`` seconds."""
+        ...
 
     async def declare(self, specs: Sequence[Spec]) -> None:
         """Create or check what all declarations need (streams, queues, groups); idempotent."""
@@ -290,6 +293,7 @@ class Driver(Protocol):
         self, spec: SubscriptionSpec, sink: Sink, lost: Callable[[Exception], None]
     ) -> Intake:
         """Start to deliver; ``lost`` is called once if the subscription dies and cannot heal."""
+        ...
 
     async def publish(self, command: Any, data: bytes, headers: dict[str, str] | None) -> Any:
         """Send encoded bytes; returns the broker's receipt (None where it gives none).
@@ -300,6 +304,7 @@ class Driver(Protocol):
             MessageTooLarge: over the broker's maximum.
             PublishError: refused for another reason.
         """
+        ...
 
     async def request(
         self, command: Any, data: bytes, headers: dict[str, str] | None, timeout: float
@@ -311,9 +316,11 @@ class Driver(Protocol):
             NoResponders: nobody listens.
             NotConnected: the connection did not come back within the timeout.
         """
+        ...
 
     def reply_envelope(self) -> type[Message[Any]]:
         """The class that wraps raw replies."""
+        ...
 
     async def dead_letter(self, spec: SubscriptionSpec, name: str | None) -> str:
         """The address of a subscription's dead letters, made ready to take them.
@@ -321,3 +328,4 @@ class Driver(Protocol):
         ``name`` is the one the user gave; None means the default, ``{source}.dlq``. What is
         stored there must outlive this process where the source itself does.
         """
+        ...

@@ -413,14 +413,11 @@ class Router(Endpoints):
             is declared here and does not say otherwise.
     """
 
-    if TYPE_CHECKING:
-        subscriber: Any
-        publisher: Any
-
     def __init__(self, prefix: str = "", handlers: Sequence[Route] = (), **options: Any) -> None:
         super().__init__(prefix=prefix, **options)
+        declare: Any = self  # a broker's own router has `subscriber` and `publisher`
         for route in handlers:
             call = route.call
             for publisher in route.publishers:
-                call = self.publisher(*publisher.args, **publisher.options)(call)
-            self.subscriber(*route.args, **route.options)(call)
+                call = declare.publisher(*publisher.args, **publisher.options)(call)
+            declare.subscriber(*route.args, **route.options)(call)

@@ -150,13 +150,8 @@ class Failures:
             await self._settle_as_told(message, error)
             return
         if isinstance(error, StopConsume | StopApplication):
-            if Capability.NACK in self.spec.capabilities:
-                await message.settle(_NACK, 0.0)
-            if isinstance(error, StopConsume):
-                self.broker.spawn(
-                    self.subscription.stop(self.broker.clock.now() + self.broker.graceful_timeout)
-                )
-            else:
+            self.broker.spawn(self.subscription.end_with(message, stop=isinstance(error, StopConsume)))
+            if isinstance(error, StopApplication):
                 self.broker.stop_application()
             return
         self.count += 1

@@ -272,7 +272,7 @@ def load_config(path: str | Path) -> None:
         reason = f"{error}: {error.__cause__}" if error.__cause__ else f"{error}"
         if isinstance(error, OSError):
             reason = error.strerror or reason
-        raise SetupError(f"log configuration {path}: {reason}") from error
+        raise SetupError(f"{path}: {reason}") from error
 
 
 def _read(path: Path) -> Any:
@@ -282,14 +282,9 @@ def _read(path: Path) -> Any:
     if kind == ".toml":
         return tomllib.loads(path.read_text("utf-8"))
     if kind not in (".yaml", ".yml"):
-        raise SetupError(
-            f"log configuration {path}: not a known kind of file",
-            fix="a .json, .toml, .yaml or .yml file",
-        )
+        raise SetupError(f"{path} is no .json, .toml, .yaml or .yml file")
     try:
         import yaml  # type: ignore[import-untyped,unused-ignore]
     except ImportError:
-        raise SetupError(
-            f"log configuration {path}: YAML needs PyYAML", fix="pip install pyyaml"
-        ) from None
+        raise SetupError(f"{path} needs PyYAML: pip install pyyaml") from None
     return yaml.safe_load(path.read_text("utf-8"))

@@ -33,6 +33,8 @@ from .message import Message, new_id
 
 #: Seconds a publisher waits for room when nothing else is said.
 _PATIENCE = 5.0
+#: Messages that one subscription handles before others get their turn.
+_SHARE = 8
 _PLAIN = Capability.HEADERS | Capability.REPLY | Capability.GROUPS
 _DURABLE = (
     Capability.ACK
@@ -332,9 +334,13 @@ class MemoryIntake:
 
     async def _run(self) -> None:
         try:
+            count = 0
             while not (self.paused and not self.fetched):
                 if self.fetched:
                     await self._give(self.fetched.popleft())
+                    count += 1
+                    if count % _SHARE == 0:  # handlers that never wait must not stop all else
+                        await asyncio.sleep(0)
                 else:
                     self._idle = asyncio.get_running_loop().create_future()
                     await self._idle

@@ -172,3 +172,4 @@ class ParameterSource(Protocol):
 
     def bind(self, params: Sequence[Param], site: Site) -> Bound | None:
         """Take over some of a handler's parameters, or none. Called once per handler, at start."""
+        ...

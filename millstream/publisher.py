@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .driver import PublicationSpec, PublishCommand
 from .errors import NotConnected
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .broker import Broker
     from .endpoints import Endpoints, Scope
     from .subscriber import Handler
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Response:
@@ -110,7 +113,7 @@ class Publisher(Spied):
         self.owner = owner
         self.publications: list[Publication] = []
 
-    def __call__(self, handler: Callable[..., Any]) -> Handler[..., Any]:
+    def __call__(self, handler: Callable[P, R]) -> Handler[P, R]:
         """Publish what ``handler`` returns."""
         from .subscriber import as_handler
 

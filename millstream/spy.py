@@ -30,12 +30,14 @@ class Probe(Protocol):
 
     def around(self, deliver: Sink, /) -> Sink:
         """The delivery that replaces ``deliver``."""
+        ...
 
     def failed(self, error: BaseException, /) -> None:
         """The delivery that runs failed with an error that nothing inside handled."""
 
     def sending(self, publisher: Publisher, codec: Codec, send: Send, /) -> Send:
         """The send that replaces a declared publisher's."""
+        ...
 
 
 class Spied:

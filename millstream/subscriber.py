@@ -45,7 +45,7 @@ class Handler(Spied, Generic[P, R]):
         return f"<Handler {self.name} ({self.where})>"
 
 
-def as_handler(function: Callable[..., Any], depth: int) -> Handler[..., Any]:
+def as_handler(function: Callable[P, R], depth: int) -> Handler[P, R]:
     """A function as a :class:`Handler`, or the one it already is."""
     if isinstance(function, Handler):
         return function

@@ -275,9 +275,19 @@ class Subscription:
         if self._intake is not None:
             self.returned += await self._intake.pause()
         if self._lanes is not None and Capability.NACK in self.spec.capabilities:
-            for raw in self._lanes.take_back():
-                await self.link.intake.settle(raw, Settlement.NACK, 0.0)  # type: ignore[union-attr]
-                self.returned += 1
+            while back := self._lanes.take_back():
+                for raw in back:
+                    await self.link.intake.settle(raw, Settlement.NACK, 0.0)  # type: ignore[union-attr]
+                    self.returned += 1
+                await asyncio.sleep(0)  # what waited for room in the lanes is in them now
+
+    async def end_with(self, message: Message[Any], *, stop: bool) -> None:
+        """Take no further messages, then hand this one back: it must not come here again."""
+        await self._stop_intake()
+        if Capability.NACK in self.spec.capabilities:
+            await message.settle(Settlement.NACK, 0.0)
+        if stop:
+            await self.stop(self.broker.clock.now() + self.broker.graceful_timeout)
 
     async def _idle_before(self, deadline: float) -> None:
         """Wait until nothing runs, or the deadline (clock time) is there."""

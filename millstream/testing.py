@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, TypeVarTuple, Unpack, cast, overload
 from unittest.mock import MagicMock
 
 import msgspec
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .plan import Site
 
 B = TypeVar("B", bound=Broker)
-T = TypeVar("T")
+Bs = TypeVarTuple("Bs")
 
 #: Turns of the event loop after which what has not moved waits for something else.
 _TURNS = 200
@@ -366,7 +366,7 @@ def _entry(raw: Any) -> Entry | None:
 # Brokers and applications under test
 
 
-class TestBroker(Generic[T]):
+class TestBroker(Generic[Unpack[Bs]]):
     """Runs brokers in memory: ``async with TestBroker(broker) as broker:``.
 
     Each broker gets a driver with its own address rules and capabilities in place of its
@@ -396,29 +396,9 @@ class TestBroker(Generic[T]):
     #: The driver in memory, and the one that it stands in for.
     memory: ClassVar[type[MemoryDriver]] = MemoryDriver
 
-    @overload
-    def __init__(
-        self: TestBroker[B],
-        broker: B,
-        /,
-        *,
-        with_real: bool = ...,
-        connect_only: bool | None = ...,
-        clock: VirtualClock | None = ...,
-        wait: bool = ...,
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: TestBroker[tuple[B, ...]],
-        *brokers: B,
-        with_real: bool = ...,
-        connect_only: bool | None = ...,
-        clock: VirtualClock | None = ...,
-        wait: bool = ...,
-    ) -> None: ...
     def __init__(
         self,
-        *brokers: Any,
+        *brokers: Unpack[Bs],
         with_real: bool = False,
         connect_only: bool | None = None,
         clock: VirtualClock | None = None,
@@ -430,7 +410,7 @@ class TestBroker(Generic[T]):
             raise SetupError(
                 "with_real=True and clock= exclude each other", fix="a server has its own time"
             )
-        self.brokers: tuple[Broker, ...] = brokers
+        self.brokers = cast("tuple[Broker, ...]", brokers)
         self.with_real, self.connect_only, self.wait = with_real, bool(connect_only), wait
         self._clock = None if with_real else clock or VirtualClock()
         self._probe = _Probe(self._clock)
@@ -443,7 +423,11 @@ class TestBroker(Generic[T]):
             raise StateError("with_real=True runs in real time, which cannot be moved")
         return self._clock
 
-    async def __aenter__(self) -> T:
+    @overload
+    async def __aenter__(self: TestBroker[B]) -> B: ...  # type: ignore[overload-overlap]
+    @overload
+    async def __aenter__(self) -> tuple[Unpack[Bs]]: ...
+    async def __aenter__(self) -> Any:
         for broker in self.brokers:
             if broker.state not in (State.NEW, State.STOPPED, State.FAILED):
                 raise StateError(
@@ -463,7 +447,8 @@ class TestBroker(Generic[T]):
                 for broker in self.brokers:
                     await broker.start()
             self._stack = stack.pop_all()
-        return cast(T, self.brokers if len(self.brokers) > 1 else self.brokers[0])
+        first, *others = self.brokers
+        return self.brokers if others else first
 
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()

@@ -23,7 +23,15 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+)
 from rich.table import Table
 
 from examples.flights.data import TOTAL, flights
@@ -36,6 +44,8 @@ WINDOW = 500
 #: Seconds without any progress after which something is wrong.
 PATIENCE = 30.0
 
+OUT = Path("build")
+LOG = OUT / "flights.log"
 console = Console()
 
 
@@ -51,6 +61,14 @@ def free_port(preferred: int) -> int:
     raise OSError("no port is free")
 
 
+class Speed(ProgressColumn):
+    """How many a second."""
+
+    def render(self, task: Task) -> str:
+        speed = task.finished_speed or task.speed
+        return f"{speed:,.0f}/s" if speed else ""
+
+
 class Service:
     """The service, running in a process of its own."""
 
@@ -58,7 +76,11 @@ class Service:
         self.url = f"http://127.0.0.1:{port}/"
         command = [sys.executable, "-m", "millstream", "run", "examples.flights.main:app"]
         command += ["--port", str(port), "--log-level", "warning"]
-        self.process = subprocess.Popen(command, env={**os.environ, "NATS_URL": nats_url})
+        OUT.mkdir(exist_ok=True)
+        with LOG.open("w") as log:  # an ERROR line for each broken record
+            self.process = subprocess.Popen(
+                command, env={**os.environ, "NATS_URL": nats_url}, stdout=log, stderr=log
+            )
 
     def statistics(self) -> dict[str, Any]:
         """What the page shows."""
@@ -70,15 +92,15 @@ class Service:
         """Until it answers."""
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
-            if self.process.poll() is not None:
-                sys.exit(f"The service ended with code {self.process.returncode}.")
+            if (code := self.process.poll()) is not None:
+                sys.exit(f"The service ended with code {code}:\n{LOG.read_text()[-2000:]}")
             try:
                 self.statistics()
             except OSError:
                 time.sleep(0.05)
             else:
                 return
-        sys.exit("The service does not answer.")
+        sys.exit(f"The service does not answer; see {LOG}.")
 
     def stop(self) -> None:
         """Let it finish what it handles."""
@@ -117,14 +139,14 @@ async def watch(running: Service, total: int, progress: Progress, bar: TaskID) -
         if now != done:
             done, since = now, time.monotonic()
         elif time.monotonic() - since > PATIENCE:
-            sys.exit(f"Nothing moved for {PATIENCE:.0f} s: {statistics}")
+            sys.exit(f"Nothing moved for {PATIENCE:.0f} s, see {LOG}: {statistics}")
         await asyncio.sleep(0.2)
 
 
 async def stream(nats_url: str, running: Service, total: int) -> tuple[dict[str, Any], float]:
     """Send everything and wait until it is handled; the statistics and the seconds it took."""
-    columns = (TextColumn("{task.description:<10}"), BarColumn(40), MofNCompleteColumn())
-    with Progress(*columns, TextColumn("{task.speed:,.0f}/s"), console=console) as progress:
+    columns = (TextColumn("{task.description:<10}"), BarColumn(40), MofNCompleteColumn(), Speed())
+    with Progress(*columns, console=console) as progress:
         sent = progress.add_task("published", total=total)
         handled = progress.add_task("handled", total=total)
         start = time.monotonic()
@@ -148,19 +170,20 @@ def report(statistics: dict[str, Any], total: int, seconds: float) -> bool:
         )
     console.print(table)
     console.print()
-    right = total == counted + broken and counted == sum(c["flights"] for c in carriers)
+    flights = sum(int(c["flights"]) for c in carriers)
+    right = total == counted + broken and counted == flights
     console.print(
         f"published {total:,} = processed {counted:,} + dead-lettered {broken:,}"
         f"   {'[green]adds up' if right else '[red]DOES NOT ADD UP'}"
     )
     for cause, times in sorted(statistics["causes"].items(), key=lambda item: -item[1]):
-        console.print(f"  {times:,} × {cause}", style="dim")
+        console.print(f"  {times:,} × {cause}")
     again = statistics["repeated"]
-    console.print(f"enriched {enriched:,}, out of order or delivered twice {again:,}")
+    console.print(f"enriched {enriched:,}; out of order or delivered twice {again:,}")
     console.print(
         f"{seconds:.1f} s, {total / seconds:,.0f} flights a second through three subscribers"
     )
-    return right
+    return bool(right)
 
 
 def save(running: Service, statistics: dict[str, Any]) -> Path:
@@ -168,8 +191,7 @@ def save(running: Service, statistics: dict[str, Any]) -> Path:
     with urllib.request.urlopen(running.url, timeout=10) as answer:
         page = answer.read().decode()
     figures = msgspec.json.encode(statistics).decode()
-    path = Path("build") / "flights.html"
-    path.parent.mkdir(exist_ok=True)
+    path = OUT / "flights.html"
     path.write_text(page.replace("const snapshot = null;", f"const snapshot = {figures};"))
     return path
 

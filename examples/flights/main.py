@@ -65,7 +65,8 @@ async def count(flight: EnrichedFlight) -> None:
 async def collect(cause: Annotated[str, Header("ms-error")]) -> None:
     """Count why records are broken; the records themselves stay in the stream."""
     statistics.broken += 1
-    statistics.causes[cause] = statistics.causes.get(cause, 0) + 1
+    reason = cause.rpartition(": ")[2]
+    statistics.causes[reason] = statistics.causes.get(reason, 0) + 1
 
 
 @router.get("/", response_class=HTMLResponse)

@@ -99,7 +99,9 @@ def _describe(subscription: Subscription) -> dict[str, Any]:
         "kind": type(spec).__name__,
         "handlers": [entry.handler.name for entry in entries],
         "where": [_short(entry.handler.where) for entry in entries],
-        "policy": None if plain and not subscription.failing.retries else subscription.failing.policy.value,
+        "policy": None
+        if plain and not subscription.failing.retries
+        else subscription.failing.policy.value,
         "attempts": subscription.retry.attempts if subscription.failing.retries else 1,
         "concurrency": spec.lanes,
         "guarantee": spec.guarantee,

@@ -189,6 +189,7 @@ def run(
         log_json=log_json,
         extra=list(context.args),
     )
+    _exit_on_error(options.check)
     if reload and workers > 1:
         _exit(fail("--reload watches one process; leave --workers out", USAGE))
     if reload or workers > 1:
@@ -237,6 +238,7 @@ def dev(
         extra=list(context.args),
         dev=True,
     )
+    _exit_on_error(options.check)
     _exit(_guarded(lambda: develop(options, directories=reload_dir or (), extensions=ext or ())))
 
 
@@ -330,6 +332,15 @@ def _guarded(call: Callable[[], int]) -> int:
         return fail(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _exit_on_error(check: Callable[[], None]) -> None:
+    def call() -> int:
+        check()
+        return 0
+
+    if code := _guarded(call):
+        _exit(code)
 
 
 def _exit(code: int) -> Any:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from ..errors import SetupError
+from ..logging import level_of
 from .target import TargetError
 
 
@@ -27,6 +30,23 @@ class RunOptions(msgspec.Struct, kw_only=True):
     extra: list[str] = []
     worker_id: int | None = None
     dev: bool = False
+
+    def check(self) -> None:
+        """Find what is wrong before anything starts.
+
+        Raises:
+            TargetError: an option has a value that means nothing.
+        """
+        if not Path(self.app_dir).is_dir():
+            raise TargetError(f"--app-dir {self.app_dir}: no such directory")
+        if self.loop not in ("auto", "uvloop", "asyncio"):
+            raise TargetError(f"--loop {self.loop}: auto, uvloop or asyncio")
+        if self.log_level is not None:
+            try:
+                level_of(self.log_level)
+            except SetupError as error:
+                raise TargetError(f"--log-level: {error.what}, {error.fix}") from None
+        parse_extra(self.extra)
 
     def startup(self) -> dict[str, Any]:
         """The keyword arguments of a plain application's start."""

@@ -15,6 +15,7 @@ from .options import RunOptions
 from .output import fail
 from .run import OK, USAGE, configure_logging
 from .sockets import BindError
+from .target import TargetError
 from .workers import Doorman, signals
 
 log = logging.getLogger("millstream.reload")
@@ -217,12 +218,12 @@ def watch(
         doorman: answers the children.
         on_ready: called when the first child is up.
     """
+    for directory in directories:
+        if not Path(directory).is_dir():
+            raise TargetError(f"--reload-dir {directory}: no such directory")
     configure_logging(options)
     files = [options.log_config] if options.log_config else []
     watcher = Watcher(directories or [options.app_dir], ["py", *extensions], files)
-    for directory in watcher.directories:
-        if not directory.is_dir():
-            return fail(f"--reload-dir {directory}: no such directory", USAGE)
 
     door = doorman or Doorman(options)
 

@@ -82,11 +82,14 @@ def configure_logging(options: RunOptions) -> None:
     """Logging as the command line asks; what the application configured itself stays.
 
     Raises:
-        SetupError: no such level, or the file of ``--log-config`` is wrong.
+        TargetError: the file of ``--log-config`` is wrong.
     """
     level = options.log_level or "INFO"
     if options.log_config is not None:
-        setup.load_config(options.log_config)
+        try:
+            setup.load_config(options.log_config)
+        except SetupError as error:
+            raise TargetError(f"--log-config: {error.what}") from None
         ours = False
     else:
         ours = setup.setup(level=level, json=options.log_json, force=options.log_json)
@@ -98,10 +101,7 @@ async def _run(
     build: Callable[[], Awaitable[Target]], options: RunOptions, channel: Channel | None
 ) -> int:
     target = await build()
-    try:
-        configure_logging(options)
-    except SetupError as error:
-        return fail(error, USAGE)
+    configure_logging(options)
     brokers = target.brokers
     grace = max((broker.graceful_timeout for broker in brokers), default=15.0)
     hello = Hello(target.title, target.kind == "asgi", [b.driver.describe() for b in brokers])

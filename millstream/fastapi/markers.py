@@ -21,7 +21,7 @@ from ..context import ContextRepo, follow
 from ..errors import ContextError, SetupError, SetupErrors
 from ..message import Message
 from ..params import MISSING, Context, Depends, Header, Param, Path
-from ..signature import is_dependency, name_of, read_params, where_is
+from ..signature import name_of, read_params, where_is
 from ..subscriber import Handler
 from ..types import LoggerLike
 
@@ -29,10 +29,16 @@ from ..types import LoggerLike
 class _ByIdentity(params.Depends):
     """FastAPI's records of dependencies are frozen and compared by value; a marker is neither."""
 
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-    __setattr__ = object.__setattr__
     use_cache = True
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
 
 class _Resolved(_ByIdentity):
@@ -43,7 +49,7 @@ class _Resolved(_ByIdentity):
     place: tuple[str, Any] | None = None
 
     @property
-    def dependency(self) -> Callable[..., Any]:
+    def dependency(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.value
 
     async def value(self, connection: HTTPConnection) -> Any:
@@ -139,7 +145,7 @@ class _Path(Path, _Resolved):
 
 class _Depends(Depends, _ByIdentity):
     @property
-    def scope(self) -> Any:
+    def scope(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The scope in FastAPI's words, which the core reads as well."""
         own = self.__dict__["scope"]
         return "request" if own == "message" else own
@@ -250,17 +256,17 @@ def check_endpoints(app: Any) -> None:
     flat = getattr(fastapi.routing, "iter_route_contexts", iter)  # older ones copy on inclusion
     errors: list[SetupError] = []
     for route in flat(getattr(app, "routes", ())):
-        where = f"the HTTP endpoint {getattr(route, 'path', '')!r}"
-        errors += settle_markers(getattr(route, "endpoint", None), where, with_message=False)
+        what = f"the HTTP endpoint {getattr(route, 'path', '')!r}"
+        errors += settle_markers(route, what, with_message=False)
     if errors:
         raise errors[0] if len(errors) == 1 else SetupErrors(errors)
 
 
-def settle_markers(function: Any, what: str, *, with_message: bool) -> list[SetupError]:
-    """Tell the markers that FastAPI resolves for a function their parameters; the errors."""
+def settle_markers(route: Any, what: str, *, with_message: bool) -> list[SetupError]:
+    """Tell the markers that FastAPI resolves for a route their parameters; the errors."""
     errors: list[SetupError] = []
-    for owner, name, annotation, marker in _marked(function, set()):
-        problem, fix = _settle(marker, name, annotation, with_message)
+    for owner, name, marker in _marked(getattr(route, "dependant", None)):
+        problem, fix = _settle(marker, name, _annotation(owner, name), with_message)
         if problem:
             where = f"{name_of(owner)} ({where_is(owner)})"
             text = f"{name!r} of {what}: {problem}"
@@ -268,25 +274,22 @@ def settle_markers(function: Any, what: str, *, with_message: bool) -> list[Setu
     return errors
 
 
-def _marked(function: Any, seen: set[Any]) -> Iterator[tuple[Any, str, Any, Any]]:
-    """The context's markers that FastAPI will resolve for a function, with their parameters."""
-    if function in seen or not callable(function):
-        return
-    seen.add(function)
+def _marked(dependant: Any) -> Iterator[tuple[Any, str, Any]]:
+    """The context's markers in FastAPI's tree of dependencies: owner, parameter and marker."""
+    for inner in getattr(dependant, "dependencies", ()):
+        marker = getattr(inner.call, "__self__", None)
+        if isinstance(marker, _Resolved):
+            yield dependant.call, inner.name, marker
+        else:
+            yield from _marked(inner)
+
+
+def _annotation(function: Any, name: str) -> Any:
     try:
-        signature = inspect.signature(function, eval_str=True)
-    except (NameError, TypeError, ValueError):
-        return  # FastAPI has looked at it already
-    for name, parameter in signature.parameters.items():
-        annotation: Any = parameter.annotation
-        extras: list[Any] = []
-        if get_origin(annotation) is Annotated:
-            annotation, *extras = get_args(annotation)
-        for marker in (*extras, parameter.default):
-            if isinstance(marker, Context):
-                yield function, name, annotation, marker
-            elif is_dependency(marker):
-                yield from _marked(marker.dependency or annotation, seen)
+        annotation = inspect.signature(function, eval_str=True).parameters[name].annotation
+    except (NameError, TypeError, ValueError, KeyError):
+        return Any  # FastAPI got on without it
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _settle(marker: Any, name: str, annotation: Any, with_message: bool) -> tuple[str, str]:

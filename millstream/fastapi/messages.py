@@ -194,16 +194,14 @@ class FastAPISource:
             return done
 
         places = site.address.places if site.address is not None else {}
-        written = [("millstream_request", Request, MISSING)]
+        written: list[tuple[str, Any, Any]] = [("millstream_request", Request, MISSING)]
         for param in claimed:
             marker = marker_of(param)
-            annotation = placed(marker, param) if marker is not None else param.declared
+            annotation: Any = placed(marker, param) if marker is not None else param.declared
             if self.resolver == "fastapi" and _is_body(param, places):
                 annotation = Annotated[annotation, params.Body()]
             written.append((param.name, annotation, _written_default(param)))
         endpoint.__dict__["__signature__"] = signature(written)
-        for error in settle_markers(endpoint, site.name, with_message=True):
-            raise error
         try:
             route = APIRoute(
                 "".join(f"/{{{name}}}" for name in places) or "/",
@@ -221,6 +219,8 @@ class FastAPISource:
                 fix="inside FastAPI's dependencies, mark messages and brokers with Context(...), "
                 "such as Annotated[NatsMessage, Context('message')]",
             ) from error
+        for wrong in settle_markers(route, site.name, with_message=True):
+            raise wrong
         return route.app
 
 

@@ -64,7 +64,8 @@ class Part:
     ) -> None:
         if resolver not in ("native", "fastapi"):
             raise SetupError(f"resolver={resolver!r}", code="MS131", fix="'native' or 'fastapi'")
-        self.find, self.setup_state, self.resolver = find, setup_state, resolver
+        self.find, self.setup_state = find, setup_state
+        self.resolver: Literal["native", "fastapi"] = resolver
         self.try_it = os.environ.get("MILLSTREAM_DEV") == "1" if try_it is None else try_it
         #: Called with the application when messages are taken, and before the drain.
         self.after_startup: list[Callable[..., Any]] = []

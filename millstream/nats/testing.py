@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Unpack
 
 import msgspec
 from nats.aio.msg import Msg
@@ -17,7 +17,7 @@ from ..driver import Spec
 from ..errors import CapabilityError, PublishError, SetupError
 from ..memory import Delivery, MemoryDriver, Record, Source
 from ..message import Message
-from ..testing import T, TestBroker
+from ..testing import Bs, TestBroker
 from .consumer import durable_name
 from .message import NatsMessage
 from .options import ACK_WAIT, SYNTAX, JStream, KvWatch, NatsPublish, NatsSubscription, stream_name
@@ -317,7 +317,7 @@ class MemoryKeyValue:
         return [d.split(".", 2)[2] for d, r in last.items() if not r.headers.get("KV-Operation")]
 
 
-class TestNatsBroker(TestBroker[T]):
+class TestNatsBroker(TestBroker[Unpack[Bs]]):
     """Runs :class:`~millstream.nats.NatsBroker` in memory; see :class:`~millstream.testing.TestBroker`.
 
     Subjects, queue groups, streams, consumers and their settlement follow NATS's rules.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PLAIN = '''
+PLAIN = """
 import asyncio
 import logging
 import os
@@ -43,9 +43,9 @@ def needs(something):
 
 
 asgi = Millstream(NatsBroker({url!r})).as_asgi()
-'''
+"""
 
-WEB = '''
+WEB = """
 import logging
 import os
 from contextlib import asynccontextmanager
@@ -76,4 +76,4 @@ app.state.broker = broker
 async def root() -> dict:
     logging.getLogger("shop").info("asked")
     return {{"pid": os.getpid(), "answer": 1}}
-'''
+"""

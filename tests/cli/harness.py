@@ -75,7 +75,9 @@ class Process:
         except AssertionError:
             pass
         found = list(re.finditer(pattern, self.output, re.MULTILINE))
-        assert len(found) >= times, f"no {pattern!r} in the output of {self.arguments}:\n{self.output}"
+        assert len(found) >= times, (
+            f"no {pattern!r} in the output of {self.arguments}:\n{self.output}"
+        )
         return found[-1]
 
     def until(self, condition: Callable[[], object], timeout: float = PATIENCE) -> None:

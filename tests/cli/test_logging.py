@@ -97,10 +97,14 @@ def test_json_lines_carry_fields_extras_and_tracebacks() -> None:
         try:
             raise RuntimeError("boom")
         except RuntimeError:
-            logging.getLogger("shop").exception("failed %d", 1, extra={"tenant": "x", "path": Path("/a")})
+            logging.getLogger("shop").exception(
+                "failed %d", 1, extra={"tenant": "x", "path": Path("/a")}
+            )
     logging.getLogger("shop").info("odd", extra={"odd": {("a", 1): 2}})
     first, second = map(json.loads, out.getvalue().splitlines())
-    assert first["message"] == "failed 1" and first["level"] == "ERROR" and first["logger"] == "shop"
+    assert (
+        first["message"] == "failed 1" and first["level"] == "ERROR" and first["logger"] == "shop"
+    )
     assert first["subject"] == "orders.eu" and first["handler"] == "invoice"
     assert first["tenant"] == "x" and "/a" in first["path"]
     assert "RuntimeError: boom" in first["exception"] and first["time"].endswith("+00:00")
@@ -254,7 +258,7 @@ def test_configuration_files(
     ("name", "text", "says"),
     [
         ("none.json", None, "No such file"),
-        ("log.ini", "", "not a known kind of file"),
+        ("log.ini", "", "is no .json, .toml, .yaml"),
         ("log.json", "{", "Input data was truncated"),
         ("log.json", "[]", "a table is expected, not list"),
         ("log.toml", "a = ", "Invalid value"),

@@ -26,9 +26,7 @@ def publish(folder: Path, target: str, message: str, to: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "target", ["main:app", "main", "main:broker", "main:create", "main:asgi.app"]
-)
+@pytest.mark.parametrize("target", ["main:app", "main:broker", "main:create", "main:asgi.app"])
 def test_plain_targets_run_and_drain_on_sigterm(run: Run, plain: str, target: str) -> None:
     process = run("run", target)
     process.expect(r"Millstream runs: nats://")
@@ -127,7 +125,7 @@ def test_an_application_that_configured_logging_keeps_its_format(
         (["main:router"], "is a NatsRouter: include it into a broker"),
         (["main:app", "--app-dir", "nowhere"], "--app-dir nowhere: no such directory"),
         (["main:app", "--log-level", "loud"], "'loud' is no log level"),
-        (["main:app", "--log-config", "none.json"], "log configuration none.json: No such file"),
+        (["main:app", "--log-config", "none.json"], "--log-config: none.json: No such file"),
         (["main:app", "--reload", "--workers", "2"], "--reload watches one process"),
         (["main:app", "prod"], "'prod' belongs to no option"),
         (["main:app", "--loop", "fast"], "--loop fast"),
@@ -276,9 +274,7 @@ sys.meta_path.insert(0, Block())
 
 
 @pytest.mark.parametrize("mode", [[], ["--workers", "2"]])
-def test_without_uvicorn_it_says_what_to_install(
-    web: str, tmp_path: Path, mode: list[str]
-) -> None:
+def test_without_uvicorn_it_says_what_to_install(web: str, tmp_path: Path, mode: list[str]) -> None:
     write(tmp_path, sitecustomize=NO_UVICORN)
     done = command("run", "web:app", *mode, folder=tmp_path, env={"PYTHONPATH": _with(tmp_path)})
     assert done.returncode == 1
@@ -292,7 +288,9 @@ def _with(folder: Path) -> str:
     return f"{folder}:{environment()['PYTHONPATH']}"
 
 
-def test_sigterm_under_load_loses_nothing(run: Run, nats: Any, subject: str, tmp_path: Path) -> None:
+def test_sigterm_under_load_loses_nothing(
+    run: Run, nats: Any, subject: str, tmp_path: Path
+) -> None:
     write(tmp_path, main=LOAD.format(url=nats.url, subject=subject))
     process = run("run", "main:app")
     process.expect("took [1-9]")
@@ -308,7 +306,7 @@ def test_sigterm_under_load_loses_nothing(run: Run, nats: Any, subject: str, tmp
     assert second.stop() == 0
 
 
-LOAD = '''
+LOAD = """
 import asyncio, logging
 from millstream import Millstream
 from millstream.nats import JStream, NatsBroker
@@ -329,7 +327,7 @@ async def fill(consume_only: bool = False) -> None:
     if not consume_only:
         for i in range(60):
             await broker.publish(i, "{subject}.work", stream="{subject}")
-'''
+"""
 
 
 def test_a_second_signal_means_now(run: Run, nats: Any, subject: str, tmp_path: Path) -> None:
@@ -345,7 +343,7 @@ def test_a_second_signal_means_now(run: Run, nats: Any, subject: str, tmp_path: 
         assert time.monotonic() - begun < 6, process.output
 
 
-SLOW = '''
+SLOW = """
 import asyncio, logging
 from millstream import Millstream
 from millstream.nats import NatsBroker
@@ -369,7 +367,7 @@ async def fill() -> None:
 @app.on_shutdown
 async def stopping() -> None:
     logging.getLogger("shop").info("stopping")
-'''
+"""
 
 
 @pytest.mark.parametrize("target", ["main:app", "main:asgi", "main:fast"])
@@ -382,7 +380,7 @@ def test_a_handler_can_end_the_application(
     assert "last" in process.output and "Traceback" not in process.output
 
 
-ENDING = '''
+ENDING = """
 import logging
 from contextlib import asynccontextmanager
 from fastapi import FastAPI
@@ -422,7 +420,7 @@ async def later():
 
 
 fast = FastAPI(lifespan=lifespan)
-'''
+"""
 
 
 def test_python_m_millstream_and_the_version(tmp_path: Path) -> None:

@@ -108,7 +108,9 @@ async def test_without_a_name_the_only_factory_is_taken(module: Module, tmp_path
 
 
 async def test_a_class_is_called_where_a_factory_is_said(module: Module, tmp_path: Path) -> None:
-    name = module(HEAD + "class App(Millstream):\n def __init__(self): super().__init__(NatsBroker())\n")
+    name = module(
+        HEAD + "class App(Millstream):\n def __init__(self): super().__init__(NatsBroker())\n"
+    )
     assert "add --factory" in await refusal(f"{name}:App", tmp_path)
     assert (await load(f"{name}:App", tmp_path, factory=True)).kind == "app"
 

@@ -36,8 +36,11 @@ class Kind:
     source: Callable[[Bench, str, str], dict[str, Any]]
     #: The fixture that gives the server, for real brokers.
     server: str | None = None
-    #: Bytes of a message that the broker refuses; 0 if it takes any.
+    #: Bytes of a message that the broker refuses.
     too_large: int = 0
+    #: Options of `publish` that have the message stored, where that is said; a stream of NATS
+    #: answers every request by itself, so no handler of such a kind does.
+    stored: Callable[[Bench], dict[str, Any]] | None = None
     #: The default address of an address's dead letters.
     dead: Callable[[Bench, str], str] = lambda bench, address: f"{address}.dlq"
     separator: str = "."
@@ -77,6 +80,10 @@ class Bench:
     def capture(self, address: str) -> Any:
         """Declare a plain subscription to what is sent to an address, stored or not."""
         return self.broker.subscriber(address)
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        return self.kind.stored(self) if self.kind.stored is not None else {}
 
     @property
     def acks(self) -> bool:

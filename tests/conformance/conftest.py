@@ -12,11 +12,14 @@ from tests.conformance.bench import Bench
 from tests.conformance.kinds import KINDS
 
 
-def needs(capability: Capability) -> Callable[[Any], Any]:
-    """Try a behaviour only where the source has all of these capabilities."""
+def needs(capability: Capability, *, requests: bool = False) -> Callable[[Any], Any]:
+    """Try a behaviour only where the source has all of these capabilities.
+
+    ``requests`` leaves out sources whose server answers requests by itself.
+    """
 
     def mark(function: Any) -> Any:
-        function.needs = capability
+        function.needs = capability, requests
         return function
 
     return mark
@@ -24,8 +27,12 @@ def needs(capability: Capability) -> Callable[[Any], Any]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "bench" in metafunc.fixturenames:
-        needed = getattr(metafunc.function, "needs", Capability.NOTHING)
-        kinds = [kind for kind in KINDS if needed in kind.capabilities]
+        needed, requests = getattr(metafunc.function, "needs", (Capability.NOTHING, False))
+        kinds = [
+            kind
+            for kind in KINDS
+            if needed in kind.capabilities and not (requests and kind.stored is not None)
+        ]
         metafunc.parametrize("bench", kinds, ids=[kind.name for kind in kinds], indirect=True)
 
 

@@ -32,7 +32,9 @@ async def started(bench: Bench) -> AsyncIterator[None]:
 def memory(bench: Bench) -> MemoryBroker:
     bench.clock = bench.clock or VirtualClock()
     bench.shared = bench.shared or MemoryBus()
-    return MemoryBroker(bench.shared, clock=bench.clock)
+    broker = MemoryBroker(bench.shared, clock=bench.clock)
+    broker.driver.max_payload = 1_000_000
+    return broker
 
 
 def memory_plain(bench: Bench, address: str, group: str) -> dict[str, Any]:
@@ -79,6 +81,7 @@ KINDS = [
         memory,
         started,
         memory_plain,
+        too_large=2_000_000,
     ),
     Kind(
         "memory-durable",
@@ -86,6 +89,7 @@ KINDS = [
         memory,
         started,
         memory_durable,
+        too_large=2_000_000,
     ),
     Kind("test-nats", _CORE, nats, in_memory, nats_core, too_large=2_000_000),
     Kind(
@@ -96,6 +100,7 @@ KINDS = [
         nats_stream,
         too_large=2_000_000,
         dead=lambda bench, address: f"{bench.prefix}.dlq",
+        stored=lambda bench: {"stream": bench.prefix},
     ),
     Kind("nats", _CORE, nats, started, nats_core, server="nats", too_large=2_000_000),
     Kind(
@@ -107,5 +112,6 @@ KINDS = [
         server="nats",
         too_large=2_000_000,
         dead=lambda bench, address: f"{bench.prefix}.dlq",
+        stored=lambda bench: {"stream": bench.prefix},
     ),
 ]

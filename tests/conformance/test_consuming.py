@@ -292,8 +292,8 @@ async def test_publishers_form_a_chain_and_a_broadcast(bench: Bench) -> None:
         got.append(("left", body))
 
     @bench.subscriber(bench.address("right"))
-    async def right(n: int) -> None:
-        got.append(("right", n))
+    async def right(body: dict[str, int]) -> None:
+        got.append(("right", body["n"]))
 
     await bench.start()
     await bench.broker.publish(1, bench.address("start"))

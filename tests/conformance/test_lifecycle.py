@@ -20,8 +20,6 @@ async def test_publishing_before_connect_says_what_to_do(bench: Bench) -> None:
 
 
 async def test_a_message_over_the_maximum_is_refused_and_nothing_breaks(bench: Bench) -> None:
-    if not bench.kind.too_large:
-        pytest.skip("takes messages of any size")
     got: list[bytes] = []
 
     @bench.subscriber(bench.address("big"))

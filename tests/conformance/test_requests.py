@@ -12,17 +12,15 @@ from millstream import Response
 from millstream.driver import Capability
 from millstream.errors import NoResponders, RemoteError, RequestTimeout
 from millstream.message import Message
+from millstream.retry import Retry
 from tests.conformance.bench import Bench
 from tests.conformance.conftest import needs
-
-pytestmark = []
-
 
 class Total(msgspec.Struct):
     total: float
 
 
-@needs(Capability.REPLY)
+@needs(Capability.REPLY, requests=True)
 async def test_a_request_gets_the_handlers_result(bench: Bench) -> None:
     @bench.subscriber(bench.address("double"))
     async def double(body: int) -> int:
@@ -35,7 +33,7 @@ async def test_a_request_gets_the_handlers_result(bench: Bench) -> None:
     assert [await reply.decode() for reply in replies] == [i * 2 for i in range(10)]
 
 
-@needs(Capability.REPLY | Capability.HEADERS)
+@needs(Capability.REPLY | Capability.HEADERS, requests=True)
 async def test_a_reply_carries_headers_and_the_correlation_id(bench: Bench) -> None:
     @bench.subscriber(bench.address("ask"))
     async def answer(body: str) -> Any:
@@ -48,9 +46,9 @@ async def test_a_reply_carries_headers_and_the_correlation_id(bench: Bench) -> N
     assert (await reply.decode(), reply.headers["who"], reply.correlation_id) == ("X", "me", "c-3")
 
 
-@needs(Capability.REPLY)
+@needs(Capability.REPLY, requests=True)
 async def test_a_failed_handler_reaches_the_caller_as_remote_error(bench: Bench) -> None:
-    @bench.subscriber(bench.address("fails"))
+    @bench.subscriber(bench.address("fails"), retry=Retry(attempts=1))
     async def fails(body: int) -> int:
         raise LookupError("no such order")
 
@@ -61,7 +59,7 @@ async def test_a_failed_handler_reaches_the_caller_as_remote_error(bench: Bench)
     assert caught.value.text == "no such order"
 
 
-@needs(Capability.REPLY)
+@needs(Capability.REPLY, requests=True)
 async def test_a_request_that_cannot_be_decoded_is_a_remote_error(bench: Bench) -> None:
     @bench.subscriber(bench.address("strict"))
     async def strict(body: Total) -> int:
@@ -73,7 +71,7 @@ async def test_a_request_that_cannot_be_decoded_is_a_remote_error(bench: Bench) 
     assert caught.value.type.endswith("DecodeError")
 
 
-@needs(Capability.REPLY)
+@needs(Capability.REPLY, requests=True)
 async def test_a_request_to_nobody_fails_at_once(bench: Bench) -> None:
     await bench.start()
     begin = bench.now()
@@ -82,7 +80,7 @@ async def test_a_request_to_nobody_fails_at_once(bench: Bench) -> None:
     assert bench.now() - begin < 4.0
 
 
-@needs(Capability.REPLY)
+@needs(Capability.REPLY, requests=True)
 async def test_a_request_without_an_answer_ends_in_time(bench: Bench) -> None:
     gate = asyncio.Event()
 
@@ -112,7 +110,9 @@ async def test_reply_to_sends_the_result_to_another_subscription(bench: Bench) -
         got.append(body)
 
     await bench.start()
-    await bench.broker.publish(1, bench.address("work"), reply_to=bench.address("results"))
+    await bench.broker.publish(
+        1, bench.address("work"), reply_to=bench.address("results"), **bench.stored
+    )
     await bench.until(lambda: got)
     assert got == [2]
 
@@ -131,7 +131,9 @@ async def test_no_reply_means_none(bench: Bench) -> None:
         got.append(("reply", body))
 
     await bench.start()
-    await bench.broker.publish(1, bench.address("work"), reply_to=bench.address("results"))
+    await bench.broker.publish(
+        1, bench.address("work"), reply_to=bench.address("results"), **bench.stored
+    )
     await bench.until(lambda: got)
     await bench.quiet()
     assert got == [1]

@@ -113,6 +113,7 @@ async def use() -> None:
         assert_type(one, StreamMessage[Any])
     assert_type(await broker.ping(), bool)
     async with TestNatsBroker(broker) as test:
+        assert_type(test, NatsBroker)
         await test.publish("x", "plain")
     async with broker as connected:
         assert_type(connected, NatsBroker)
