@@ -547,6 +547,16 @@ class MemoryPublish(PublishCommand):
         self.subject = value
 
 
+class MemoryRequest(MemoryPublish, kw_only=True):
+    """One request.
+
+    Fields:
+        response_model: the type of the answer's body; the whole message without one.
+    """
+
+    response_model: Any = None
+
+
 class MemoryDriver:
     """Topics in this process.
 
@@ -774,7 +784,7 @@ class MemoryBroker(MemoryEndpoints, Broker):
     """
 
     publish = sends(MemoryPublish)
-    request = asks(MemoryPublish)
+    request = asks(MemoryRequest)
 
     def __init__(self, bus: MemoryBus | None = None, **options: Unpack[BrokerOptions]) -> None:
         super().__init__(MemoryDriver(bus), **options)

@@ -44,16 +44,19 @@ def use(namespace: dict[str, Any]) -> None:
         asyncio.run(up_and_down(startable))
     if "fastapi" in sys.modules:
         from fastapi import FastAPI
-        from fastapi.testclient import TestClient
 
         for app in values:
             if isinstance(app, FastAPI):
-                with TestClient(app):
-                    pass
+                asyncio.run(lifespan(app))
 
 
 async def wait(result: Any) -> None:
     await result
+
+
+async def lifespan(app: Any) -> None:
+    async with app.router.lifespan_context(app):
+        pass
 
 
 async def up_and_down(startable: Any) -> None:
@@ -65,14 +68,12 @@ def point_default_at(url: str) -> None:
     """``NatsBroker()`` without an address means the test's server here."""
     from millstream.nats import NatsBroker
 
-    for cls in (NatsBroker, *(sys.modules[m].NatsRouter for m in FASTAPI if m in sys.modules)):
-        inits = [cls.__init__]
-        for init in inits:
-            if init.__defaults__:
-                init.__defaults__ = (url, *init.__defaults__[1:])
-
-
-FASTAPI = ("millstream.nats.fastapi",)
+    classes: list[Any] = [NatsBroker]
+    if "millstream.nats.fastapi" in sys.modules:
+        classes.append(sys.modules["millstream.nats.fastapi"].NatsRouter)
+    for cls in classes:
+        assert "nats://" in cls.__init__.__defaults__[0]
+        cls.__init__.__defaults__ = (url, *cls.__init__.__defaults__[1:])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ Commands in ```bash blocks are checked against the command line and the Makefile
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -106,7 +107,7 @@ def test_python(snippet: Snippet, nats_server: NatsServer, tmp_path: Path) -> No
     (tmp_path / "snippet_.py").write_text(at_test_server(snippet.whole))
     runner = ROOT / "tests" / "run_snippet.py"
     done = subprocess.run(
-        [sys.executable, "-W", "error", runner, nats_server.url],
+        [sys.executable, "-P", "-W", "error", runner, nats_server.url],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -139,7 +140,7 @@ def test_command(words: list[str]) -> None:
         [sys.executable, "-m", "millstream.cli.main", rest[0], "--help"],
         capture_output=True,
         text=True,
-        env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"},
+        env={**os.environ, "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     options = [w.split("=")[0] for w in rest[1:] if w.startswith("-") and w != "-"]

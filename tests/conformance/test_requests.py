@@ -16,6 +16,7 @@ from millstream.retry import Retry
 from tests.conformance.bench import Bench
 from tests.conformance.conftest import needs
 
+
 class Total(msgspec.Struct):
     total: float
 

@@ -1,0 +1,192 @@
+"""The ways to publish, answers, and what travels along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pydantic
+import pytest
+
+from millstream import Message, Response
+from millstream.errors import DecodeError, EncodeError, RemoteError
+from millstream.memory import MemoryBroker
+from millstream.testing import TestBroker
+
+
+class Model(pydantic.BaseModel):
+    id: int
+
+
+class Item(msgspec.Struct):
+    model: Model
+
+
+async def test_four_ways_to_publish() -> None:
+    broker = MemoryBroker()
+    publisher = broker.publisher("out", headers={"a": "declared", "b": "declared"})
+    got: list[Any] = []
+
+    @broker.subscriber("in")
+    @publisher
+    async def by_object(value: int) -> int:
+        return value
+
+    @broker.subscriber("in2")
+    @broker.publisher("out")
+    async def by_decorator(value: int) -> int:
+        return value
+
+    @broker.subscriber("out")
+    async def out(value: int, message: Message[Any]) -> None:
+        got.append((value, message.headers.get("a"), message.headers.get("b")))
+
+    async with TestBroker(broker) as running:
+        await running.publish(1, "out")
+        await running.publish(2, "in")
+        await running.publish(3, "in2")
+        await publisher.publish(4, headers={"b": "own"})
+        await running.publish_batch(5, 6, subject="out")
+    assert got == [
+        (1, None, None),
+        (2, "declared", "declared"),
+        (3, None, None),
+        (4, "declared", "own"),
+        (5, None, None),
+        (6, None, None),
+    ]
+
+
+async def test_none_publishes_nothing_and_an_empty_response_does() -> None:
+    broker = MemoryBroker()
+    got: list[Any] = []
+
+    @broker.subscriber("in")
+    @broker.publisher("out")
+    async def handler(value: int) -> Any:
+        return None if value else Response(None, headers={"empty": "yes"})
+
+    @broker.subscriber("out")
+    async def out(value: bytes, message: Message[Any]) -> None:
+        got.append((value, message.headers["empty"]))
+
+    async with TestBroker(broker) as running:
+        await running.publish(1, "in")
+        await running.publish(0, "in")
+    assert got == [(b"", "yes")]
+
+
+async def test_the_correlation_id_travels() -> None:
+    broker = MemoryBroker()
+    got: list[Any] = []
+    publisher = broker.publisher("out")
+
+    @broker.subscriber("in")
+    @broker.publisher("out")
+    async def handler(value: int) -> int:
+        await publisher.publish(value)
+        return value
+
+    @broker.subscriber("made")
+    @broker.publisher("out")
+    async def made(value: int, message: Message[Any]) -> int:
+        got.append(message.correlation_id)
+        return value
+
+    @broker.subscriber("own")
+    @broker.publisher("out")
+    async def own(value: int) -> Response:
+        return Response(value, correlation_id="own")
+
+    @broker.subscriber("out")
+    async def out(value: int, message: Message[Any]) -> None:
+        got.append(message.correlation_id)
+
+    async with TestBroker(broker) as running:
+        await running.publish(1, "in", correlation_id="given")
+        assert got == ["given", "given"]
+        got.clear()
+        await running.publish(1, "made")
+        assert len(got) == 2
+        assert got[0] == got[1]
+        got.clear()
+        await running.publish(1, "own", correlation_id="given")
+        assert got == ["own"]
+
+
+@pytest.mark.parametrize(
+    ("value", "body", "content_type"),
+    [
+        (b"x", b"x", None),
+        (bytearray(b"x"), b"x", None),
+        ("ä", "ä".encode(), "text/plain"),
+        (None, b"", None),
+        ({"a": 1}, b'{"a":1}', None),
+        (Model(id=1), b'{"id":1}', None),
+        (Item(Model(id=1)), b'{"model":{"id":1}}', None),
+        ([Model(id=1)], b'[{"id":1}]', None),
+        (1.5, b"1.5", None),
+    ],
+)
+async def test_bodies_are_plain(value: Any, body: bytes, content_type: str | None) -> None:
+    broker = MemoryBroker()
+    got: list[Any] = []
+
+    @broker.subscriber("in")
+    async def handler(message: Message[Any]) -> None:
+        got.append((message.body, message.content_type))
+
+    async with TestBroker(broker) as running:
+        await running.publish(value, "in")
+    assert got == [(body, content_type)]
+
+
+async def test_a_value_without_a_representation() -> None:
+    async with TestBroker(MemoryBroker()) as running:
+        with pytest.raises(EncodeError, match="object"):
+            await running.publish(object(), "in")
+
+
+async def test_answers() -> None:
+    broker = MemoryBroker()
+
+    @broker.subscriber("double")
+    async def double(value: int) -> Response:
+        if value < 0:
+            raise ValueError("negative\nnumber")
+        return Response({"id": value * 2}, headers={"x": "y"})
+
+    async with TestBroker(broker) as running:
+        answer = await running.request(2, "double")
+        assert await answer.decode() == {"id": 4}
+        assert answer.headers["x"] == "y"
+        assert await running.request(2, "double", response_model=Model) == Model(id=4)
+        with pytest.raises(DecodeError, match="the answer"):
+            await running.request(2, "double", response_model=list[int])
+        with pytest.raises(RemoteError) as caught:
+            await running.request(-1, "double")
+        assert caught.value.type == "ValueError"
+        publisher = broker.publisher("double")
+        assert await publisher.request(3, response_model=Model) == Model(id=6)
+
+
+async def test_no_reply_answers_nothing() -> None:
+    broker = MemoryBroker()
+    got: list[Any] = []
+
+    @broker.subscriber("in", no_reply=True)
+    async def handler(value: int) -> int:
+        return value
+
+    @broker.subscriber("answers")
+    async def answers(value: int) -> None:
+        got.append(value)
+
+    @broker.subscriber("in2")
+    async def answering(value: int) -> int:
+        return value
+
+    async with TestBroker(broker) as running:
+        await running.publish(1, "in", reply_to="answers")
+        await running.publish(2, "in2", reply_to="answers")
+    assert got == [2]
