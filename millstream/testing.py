@@ -13,7 +13,6 @@ from typing import (
     Generic,
     TypeVar,
     TypeVarTuple,
-    Unpack,
     cast,
     overload,
 )
@@ -321,7 +320,7 @@ class _Probe:
                 if idle > _TURNS:
                     asking.cancel()
                     raise RequestTimeout(
-                        f"no reply from {command.destination!r}, and nothing is left that could send it"
+                        f"no reply from {command.destination!r}, and nothing runs that could send it"
                     )
                 await asyncio.sleep(0 if idle or turn < _TURNS else 0.0005)
             return await asking
@@ -376,7 +375,7 @@ def _entry(raw: Any) -> Entry | None:
 # Brokers and applications under test
 
 
-class TestBroker(Generic[Unpack[Bs]]):
+class TestBroker(Generic[*Bs]):
     """Runs brokers in memory: ``async with TestBroker(broker) as broker:``.
 
     Each broker gets a driver with its own address rules and capabilities in place of its
@@ -408,7 +407,7 @@ class TestBroker(Generic[Unpack[Bs]]):
 
     def __init__(
         self,
-        *brokers: Unpack[Bs],
+        *brokers: *Bs,
         with_real: bool = False,
         connect_only: bool | None = None,
         clock: VirtualClock | None = None,
@@ -436,7 +435,7 @@ class TestBroker(Generic[Unpack[Bs]]):
     @overload
     async def __aenter__(self: TestBroker[B]) -> B: ...  # type: ignore[overload-overlap]
     @overload
-    async def __aenter__(self) -> tuple[Unpack[Bs]]: ...
+    async def __aenter__(self) -> tuple[*Bs]: ...
     async def __aenter__(self) -> Any:
         for broker in self.brokers:
             if broker.state not in (State.NEW, State.STOPPED, State.FAILED):

@@ -68,18 +68,12 @@ def point_default_at(url: str) -> None:
     """``NatsBroker()`` without an address means the test's server here."""
     from millstream.nats import NatsBroker
 
-    classes: list[Any] = [NatsBroker]
-    if "millstream.nats.fastapi" in sys.modules:
-        classes.append(sys.modules["millstream.nats.fastapi"].NatsRouter)
-    for cls in classes:
-        assert "nats://" in cls.__init__.__defaults__[0]
-        cls.__init__.__defaults__ = (url, *cls.__init__.__defaults__[1:])
+    init = NatsBroker.__init__
+    assert init.__defaults__ == ("nats://localhost:4222",)
+    init.__defaults__ = (url,)
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path.cwd()))
-    source = Path("snippet_.py").read_text()
-    if "millstream.nats.fastapi" in source:
-        import millstream.nats.fastapi  # noqa: F401
     point_default_at(sys.argv[1])
-    use(execute(source))
+    use(execute(Path("snippet_.py").read_text()))

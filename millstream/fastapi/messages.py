@@ -186,7 +186,12 @@ class FastAPISource:
         return Bound(tuple(p.name for p in claimed), around, after, tuple(dependencies))
 
     def _hidden(self, claimed: Sequence[Param], dependencies: Sequence[Any], site: Site) -> Any:
+        # FastAPI gives the request to one parameter of a function: to ours, and we to the others.
+        requests = [p.name for p in claimed if p.annotation in (Request, HTTPConnection)]
+
         async def endpoint(millstream_request: Request, **values: Any) -> Response:
+            for name in requests:
+                values[name] = millstream_request
             scope = millstream_request.scope
             scope["millstream.started"] = True
             scope["millstream.result"] = await scope["millstream.proceed"](values)
@@ -196,6 +201,8 @@ class FastAPISource:
         places = site.address.places if site.address is not None else {}
         written: list[tuple[str, Any, Any]] = [("millstream_request", Request, MISSING)]
         for param in claimed:
+            if param.name in requests:
+                continue
             marker = marker_of(param)
             annotation: Any = placed(marker, param) if marker is not None else param.declared
             if self.resolver == "fastapi" and _is_body(param, places):

@@ -52,7 +52,7 @@ class MemoryEntry(KeyValue.Entry):
 
 
 class NatsMemoryDriver(MemoryDriver):
-    """Topics in memory with the rules of NATS: subjects, streams, consumers and key-value buckets."""
+    """Topics in memory with the rules of NATS: subjects, streams, consumers, buckets."""
 
     name: ClassVar[str] = "nats"
     syntax: ClassVar = SYNTAX
@@ -167,7 +167,7 @@ class NatsMemoryDriver(MemoryDriver):
                 continue
             return address
         raise SetupError(
-            f"dead letters sent to {' or '.join(choices)!r} would come back to {spec.destination!r}",
+            f"dead letters at {' or '.join(choices)!r} would come back to {spec.destination!r}",
             fix="name a subject that the subscription does not read, or set dead_letter= to None",
         )
 
@@ -264,7 +264,7 @@ class MemoryStores:
 
 
 class MemoryKeyValue:
-    """The everyday part of nats-py's ``KeyValue``: put, get, create, update, delete, purge, keys."""
+    """The everyday part of nats-py's ``KeyValue``."""
 
     def __init__(self, driver: NatsMemoryDriver, bucket: str) -> None:
         self.driver, self.bucket = driver, bucket
@@ -317,8 +317,8 @@ class MemoryKeyValue:
         return [d.split(".", 2)[2] for d, r in last.items() if not r.headers.get("KV-Operation")]
 
 
-class TestNatsBroker(TestBroker[Unpack[Bs]]):
-    """Runs :class:`~millstream.nats.NatsBroker` in memory; see :class:`~millstream.testing.TestBroker`.
+class TestNatsBroker(TestBroker[*Bs]):
+    """Runs a ``NatsBroker`` in memory, as :class:`~millstream.testing.TestBroker` tells.
 
     Subjects, queue groups, streams, consumers and their settlement follow NATS's rules.
     Key-value buckets work by ``key_value()`` and ``kv_watch``; object stores, schedules and
