@@ -229,10 +229,12 @@ class Millstream:
             )
 
     def _summary(self) -> str:
-        return ", ".join(
-            f"{b.driver.describe()} ({len(b.subscriptions)} subscription{'s' if len(b.subscriptions) != 1 else ''})"
-            for b in self.brokers
-        )
+        parts = []
+        for broker in self.brokers:
+            count = len(broker.subscriptions)
+            plural = "" if count == 1 else "s"
+            parts.append(f"{broker.driver.describe()} ({count} subscription{plural})")
+        return ", ".join(parts)
 
     async def _call(self, moment: str, extra: dict[str, Any]) -> None:
         for hook in self._hooks[moment]:

@@ -240,7 +240,8 @@ class Broker(Endpoints):
             "or run the application that it belongs to"
         )
         return NotConnected(
-            f"cannot {what}: the broker {self.driver.describe()} is not connected ({self.state.value}); {hint}",
+            f"cannot {what}: the broker {self.driver.describe()} is not connected "
+            f"({self.state.value}); {hint}",
             state=self.state.value,
             wanted="connected",
         )
@@ -316,22 +317,18 @@ class Broker(Endpoints):
         self._ask = self.requester(own.codec, own.middlewares)
         self.publications = []
         errors: list[SetupError] = []
-        for declaration, inside in list(self.walk(scope)):
-            if isinstance(declaration, Publisher):
-                declaration.publications = [
-                    p for p in declaration.publications if p.broker is not self
-                ]
-        for declaration, inside in self.walk(scope):
-            if not isinstance(declaration, Publisher):
-                continue
-            spec = declaration.spec.prefixed(inside.prefix) if inside.prefix else declaration.spec
+        declared = [(d, inside) for d, inside in self.walk(scope) if isinstance(d, Publisher)]
+        for publisher, _ in declared:
+            publisher.publications = [p for p in publisher.publications if p.broker is not self]
+        for publisher, inside in declared:
+            spec = publisher.spec.prefixed(inside.prefix) if inside.prefix else publisher.spec
             try:
                 spec.check()
             except SetupError as error:
                 errors.append(error)
                 continue
-            publication = Publication(declaration, spec, inside, self)
-            declaration.publications.append(publication)
+            publication = Publication(publisher, spec, inside, self)
+            publisher.publications.append(publication)
             self.publications.append(publication)
         _raise(errors)
 

@@ -317,7 +317,8 @@ class Endpoints:
         for parent in self.parents:
             return parent.root()
         raise StateError(
-            f"this {type(self).__name__} is not part of a broker; include it with broker.include_router(router)",
+            f"this {type(self).__name__} is not part of a broker; "
+            "include it with broker.include_router(router)",
             wanted="included",
         )
 

@@ -101,7 +101,7 @@ class MissingExtra(SetupError, ImportError):
 
 
 class StateError(MillstreamError, RuntimeError):
-    """The object is in the wrong state; ``state`` is the one it is in, ``wanted`` the one needed."""
+    """The object is in the wrong ``state``; ``wanted`` is the one it should be in."""
 
     code = "MS200"
 

@@ -150,16 +150,21 @@ class Failures:
             await self._settle_as_told(message, error)
             return
         if isinstance(error, StopConsume | StopApplication):
-            self.broker.spawn(self.subscription.end_with(message, stop=isinstance(error, StopConsume)))
+            self.broker.spawn(
+                self.subscription.end_with(message, stop=isinstance(error, StopConsume))
+            )
             if isinstance(error, StopApplication):
                 self.broker.stop_application()
             return
         self.count += 1
         if self.broker.probe is not None:
             self.broker.probe.failed(error)
-        if isinstance(error, DecodeError) and isinstance(message, BatchMessage):
-            if await self._split(message, error):
-                return
+        if (
+            isinstance(error, DecodeError)
+            and isinstance(message, BatchMessage)
+            and await self._split(message)
+        ):
+            return
         poison = isinstance(error, DecodeError | HandlerNotFound)
         attempt = message.attempt
         if message.settled is not None:
@@ -204,7 +209,7 @@ class Failures:
                 _NACK, self.retry.backoff(message.attempt) if delay is None else delay, **options
             )
 
-    async def _split(self, batch: BatchMessage, error: DecodeError) -> bool:
+    async def _split(self, batch: BatchMessage) -> bool:
         """Part the bad messages of a batch from the good, and handle the good ones."""
         read = self.subscription.plans[0].read_one
         if read is None or len(batch.messages) < 2:

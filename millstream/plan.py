@@ -181,8 +181,10 @@ class _Compiler:
         for marker in param.markers:
             if type(marker).__module__.partition(".")[0] == "fastapi":
                 self.fail(
-                    f"{param.name!r} is marked with {type(marker).__name__} of FastAPI, which nobody here fills",
-                    "declare the handler on a router of millstream.<broker>.fastapi, or use the marker of millstream",
+                    f"{param.name!r} is marked with {type(marker).__name__} of FastAPI, "
+                    "which nobody here fills",
+                    "declare the handler on a router of millstream.<broker>.fastapi, "
+                    "or use the marker of millstream",
                     "MS105",
                 )
                 return None, None
@@ -216,7 +218,8 @@ class _Compiler:
         has: type = BatchMessage if spec.batch is not None else spec.envelope
         if not issubclass(has, wanted) and not issubclass(wanted, has):
             self.fail(
-                f"{param.name!r} is annotated as {show_type(wanted)}, but this source gives {show_type(has)}",
+                f"{param.name!r} is annotated as {show_type(wanted)}, "
+                f"but this source gives {show_type(has)}",
                 f"annotate it as {show_type(has)}",
                 "MS107",
             )
@@ -267,7 +270,7 @@ class _Compiler:
                 if initial is None:
                     raise ContextError(
                         f"{key!r} is not in the context of {site.name} "
-                        f"(set it with context.set_global({root!r}, ...), or give Context a default)"
+                        f"(context.set_global({root!r}, ...) sets it; or give a default)"
                     )
                 repo.set_global(root, initial() if callable(initial) else initial)
             return follow(repo.get(root), rest, key) if rest else repo.get(root)
@@ -504,10 +507,10 @@ def _body_layout(compiler: _Compiler) -> tuple[Any, Any, dict[str, tuple[Any, An
     for param in body.values():
         if param.annotation is bytes:
             compiler.fail(
-                f"{param.name!r} wants the whole body as bytes beside {len(body) - 1} other body "
-                f"parameter{'s' if len(body) > 2 else ''}: {', '.join(n for n in body if n != param.name)}",
-                "keep one body parameter, or several that are fields of one object; mark the rest with "
-                "Context(...), Header(...), Path(...) or Depends(...)",
+                f"{param.name!r} wants the whole body as bytes, and so do these: "
+                f"{', '.join(name for name in body if name != param.name)}",
+                "keep one body parameter, or several that are fields of one object; "
+                "mark the rest with Context(...), Header(...), Path(...) or Depends(...)",
             )
             return MISSING, MISSING, {}
     fields = {p.name: (p.declared, p.default) for p in body.values()}
@@ -590,7 +593,8 @@ async def call_with(function: Callable[..., Any], site: Site, extra: Mapping[str
                 given[param.name] = converter(param.declared)(extra[param.name])
             except Exception as error:
                 raise SetupError(
-                    f"the option {param.name!r} of {name_of(function)}(): {as_decode_error(error, 'value')}",
+                    f"the option {param.name!r} of {name_of(function)}(): "
+                    f"{as_decode_error(error, 'value')}",
                     code="MS112",
                     where=where_is(function),
                 ) from error

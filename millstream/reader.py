@@ -6,9 +6,9 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from .ack import Settlement
 from .driver import Capability
 from .message import Link, Message
-from .ack import Settlement
 from .subscription import Subscription, SubscriptionState
 
 if TYPE_CHECKING:

@@ -192,8 +192,8 @@ class Subscriber:
     async def _open_reader(self) -> Reader:
         if self.entries:
             raise StateError(
-                f"the subscription of {self.spec.destination!r} has a handler, which gets the messages; "
-                "declare another subscriber to read from"
+                f"the subscription of {self.spec.destination!r} has a handler, "
+                "which gets the messages; declare another subscriber to read from"
             )
         if self._reader is None or not self._reader.open:
             self._reader = await self.owner.root().open_reader(self)

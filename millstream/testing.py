@@ -320,7 +320,7 @@ class _Probe:
                 if idle > _TURNS:
                     asking.cancel()
                     raise RequestTimeout(
-                        f"no reply from {command.destination!r}, and nothing runs that could send it"
+                        f"no reply from {command.destination!r}, and nothing is left to send it"
                     )
                 await asyncio.sleep(0 if idle or turn < _TURNS else 0.0005)
             return await asking

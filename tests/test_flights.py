@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -42,7 +43,7 @@ def test_demo(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "examples.flights.demo", "--flights", "3000", "--port", "0"],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "COLUMNS": "120", "PATH": "/usr/bin:/bin"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
         capture_output=True,
         text=True,
     )

@@ -90,19 +90,18 @@ def _short(where: str) -> str:
 def _describe(subscription: Subscription) -> dict[str, Any]:
     spec = subscription.spec
     entries = subscription.subscriber.entries
-    letter = subscription.failing.dead_letter
+    failing = subscription.failing
+    letter = failing.dead_letter
     publishers = [p for entry in entries for p in entry.handler.publishers]
     chain = subscription.scope.chain
-    plain = subscription.failing.row is UNSETTLED
+    policy = None if failing.row is UNSETTLED and not failing.retries else failing.policy.value
     return {
         "source": spec.destination,
         "kind": type(spec).__name__,
         "handlers": [entry.handler.name for entry in entries],
         "where": [_short(entry.handler.where) for entry in entries],
-        "policy": None
-        if plain and not subscription.failing.retries
-        else subscription.failing.policy.value,
-        "attempts": subscription.retry.attempts if subscription.failing.retries else 1,
+        "policy": policy,
+        "attempts": failing.retry.attempts if failing.retries else 1,
         "concurrency": spec.lanes,
         "guarantee": spec.guarantee,
         "dead_letter": None if letter is None else letter.destination or f"{spec.destination}.dlq",

@@ -263,8 +263,11 @@ def kind_of(thing: Any) -> str:
     needed = _parameters(thing)
     if needed is None:
         return ""
-    call = thing if inspect.isroutine(thing) else type(thing).__call__
-    if len(needed) == 3 and (inspect.iscoroutinefunction(call) or needed[0] == "scope"):
+    named = needed[:1] == ["scope"]  # for a plain function, only its parameters' names tell
+    asynchronous = not inspect.isroutine(thing) and inspect.iscoroutinefunction(
+        type(thing).__call__
+    )
+    if len(needed) == 3 and (named or asynchronous):
         return "asgi"
     if needed in (["environ", "start_response"], ["env", "start_response"]):
         return "wsgi"
@@ -332,10 +335,11 @@ def _walk(thing: Any, seen: set[int]) -> Iterator[Broker]:
         yield from (b for b in _items(brokers) if isinstance(b, Broker))
         if isinstance(broker := getattr(owner, "broker", None), Broker):
             yield broker
-    # Middleware wraps `app`; routes of frameworks hold endpoints, routers and sub-applications.
-    for name in ("app", "router", "original_router", "routes"):
+    # Middleware wraps `app`; routes of frameworks hold endpoints, routers and sub-applications;
+    # a lifespan of ours holds parts with brokers.
+    for name in ("app", "router", "original_router", "lifespan_context", "routes", "parts"):
         part = getattr(thing, name, None)
-        for item in _items(part) if name == "routes" else (part,):
+        for item in _items(part) if name in ("routes", "parts") else (part,):
             if not isinstance(item, str | Mapping | type):
                 yield from _walk(item, seen)
 

@@ -22,6 +22,7 @@ from fastapi.routing import Mount
 
 from ..broker import Broker, State
 from ..errors import SetupError
+from ..logging import join_server
 from .markers import check_endpoints
 from .messages import AppExceptions, FastAPISource, called
 from .try_it import Operations
@@ -151,6 +152,7 @@ class Streams:
                 yield state
             return
         self.running = True
+        join_server()
         try:
             async with AsyncExitStack() as stack:
                 self.add(self.parts)

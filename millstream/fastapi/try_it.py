@@ -39,7 +39,8 @@ class Operations:
         for part in self.streams.parts:
             for subscription in part.broker.subscriptions if part.try_it else ():
                 path = f"/messages/{subscription.spec.destination}"
-                if path not in self._paths and subscription.plans:
+                watches = getattr(subscription.spec, "watch", None)  # a store, not messages
+                if path not in self._paths and subscription.include_in_schema and not watches:
                     self._paths.add(path)
                     _add_operation(app, path, subscription)
         if not known and self._paths:
@@ -70,6 +71,7 @@ def _add_operation(app: FastAPI, path: str, subscription: Subscription) -> None:
     body, whole = _body_of(model, subscription.spec.batch is not None), not model.fields
     decode = None if _known_to_pydantic(body) else JSON().decoder(body)
     syntax = broker.driver.syntax
+    stream = getattr(subscription.spec, "stream_name", None)
     wild = {syntax.one, syntax.rest} & set(address.template.split(address.separator))
 
     async def operation(
@@ -88,12 +90,14 @@ def _add_operation(app: FastAPI, path: str, subscription: Subscription) -> None:
                 data = decode(await millstream_request.body())
             except Exception as error:
                 raise as_request_error(as_decode_error(error, "the body")) from error
-        command = broker.driver.command()
+        command: Any = broker.driver.command()
         command.destination, command.message = destination, data
         try:
             if millstream_reply:
                 answer = await broker._request(command)
                 return {"published": destination, "reply": await answer.decode()}
+            if stream is not None:
+                command.stream = stream  # so that it confirms
             receipt = msgspec.to_builtins(await broker._publish(command), enc_hook=str)
             return {"published": destination, "receipt": receipt}
         except MillstreamError as error:

@@ -105,6 +105,8 @@ class NatsDriver:
         self._replies: Replies | None = None
         self._up = asyncio.Event()
         self._closing = False
+        #: An attempt runs: what its client says of itself ends in the attempt's own error.
+        self._opening = False
         self._reason = ""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._id = secrets.token_hex(4)
@@ -150,15 +152,19 @@ class NatsDriver:
         await self._open()
 
     async def _open(self) -> None:
-        client = await connect(
-            self.urls,
-            self._options,
-            error_cb=self._on_error,
-            disconnected_cb=self._on_disconnected,
-            reconnected_cb=self._on_reconnected,
-            closed_cb=self._on_closed,
-            discovered_server_cb=self._callbacks["discovered_server_cb"],
-        )
+        self._opening = True
+        try:
+            client = await connect(
+                self.urls,
+                self._options,
+                error_cb=self._on_error,
+                disconnected_cb=self._on_disconnected,
+                reconnected_cb=self._on_reconnected,
+                closed_cb=self._on_closed,
+                discovered_server_cb=self._callbacks["discovered_server_cb"],
+            )
+        finally:
+            self._opening = False
         replies = Replies(client)
         await replies.open()
         self._client, self._replies, self._js = client, replies, None
@@ -213,6 +219,8 @@ class NatsDriver:
                 intake.lost(SetupError(reason, fix="grant the user the right to subscribe to it"))
 
     async def _on_disconnected(self) -> None:
+        if self._opening:
+            return
         self._up.clear()
         if not self._closing:
             self.notify("disconnected", self._reason or "the connection broke")
@@ -228,6 +236,8 @@ class NatsDriver:
 
     async def _on_closed(self) -> None:
         """nats-py gave up, or the server threw us out (an expired login, for instance)."""
+        if self._opening:
+            return
         await self._call("closed_cb")
         if self._closing:
             return

@@ -6,13 +6,11 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from nats.aio.msg import Msg
 from nats.aio.subscription import DEFAULT_SUB_PENDING_BYTES_LIMIT, DEFAULT_SUB_PENDING_MSGS_LIMIT
 from nats.aio.subscription import Subscription as ClientSubscription
-from nats.errors import Error as NatsError
 
 from ..ack import Settlement
 from ..driver import Sink
@@ -110,9 +108,10 @@ class Flow:
         """Unsubscribe, and wait for what the server sent before it knew."""
         sub, self._sub = self._sub, None
         if sub is not None:
-            with suppress(NatsError, TimeoutError):
-                async with asyncio.timeout(LEAVE):
-                    await sub.drain()  # type: ignore[no-untyped-call]
+            # Never cancelled: nats-py's reader dies of the PONG to a cancelled flush.
+            leaving = asyncio.ensure_future(sub.drain())  # type: ignore[no-untyped-call]
+            leaving.add_done_callback(lambda task: task.cancelled() or task.exception())
+            await asyncio.wait([leaving], timeout=LEAVE)
 
     async def _finish(self) -> None:
         """Let the task end by itself; the sink's present call may be the caller."""

@@ -11,6 +11,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -70,10 +71,8 @@ class Process:
         def enough() -> bool:
             return self.count(pattern) >= times or self.process.poll() is not None
 
-        try:
+        with suppress(AssertionError):
             eventually_sync(enough, timeout)
-        except AssertionError:
-            pass
         found = list(re.finditer(pattern, self.output, re.MULTILINE))
         assert len(found) >= times, (
             f"no {pattern!r} in the output of {self.arguments}:\n{self.output}"
@@ -132,7 +131,9 @@ class Process:
                 self.process.wait()
 
 
-def command(*arguments: str, folder: Path, env: Mapping[str, str] | None = None, stdin: str = ""):
+def command(
+    *arguments: str, folder: Path, env: Mapping[str, str] | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end: a CompletedProcess with text."""
     return subprocess.run(
         [sys.executable, "-m", "millstream", *arguments],

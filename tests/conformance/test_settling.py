@@ -10,8 +10,9 @@ import pytest
 
 from millstream import AckPolicy
 from millstream.ack import Settlement
-from millstream.driver import Capability
-from millstream.errors import AckMessage, NackMessage, RejectMessage
+from millstream.broker import State
+from millstream.driver import Batch, Capability
+from millstream.errors import AckMessage, NackMessage, RejectMessage, StopApplication
 from millstream.message import Message
 from millstream.retry import DeadLetter, Exponential, Retry
 from tests.conformance.bench import Bench
@@ -412,3 +413,134 @@ async def test_what_does_not_finish_in_time_is_handed_back(bench: Bench) -> None
     await bench.until(lambda: len(got) == 2)
     assert [name for name, _ in got] == ["first", "second"]
     await second.stop()
+
+
+@needs(Capability.ACK | Capability.TOUCH)
+async def test_a_handler_may_take_longer_than_the_deadline(bench: Bench) -> None:
+    got: list[int] = []
+    finished: list[int] = []
+    gate = asyncio.Event()
+
+    @bench.subscriber(bench.address("long"))
+    async def handler(body: int, message: Message[Any]) -> None:
+        got.append(message.delivery_count)
+        await gate.wait()
+        finished.append(body)
+
+    await bench.start()
+    await bench.broker.publish(1, bench.address("long"))
+    await bench.until(lambda: got)
+    await bench.quiet(2 * bench.broker.subscriptions[0].spec.ack_wait)
+    assert got == [1]
+    gate.set()
+    await bench.until(lambda: finished)
+    await bench.quiet(0.2)
+    assert got == [1]
+
+
+@needs(REDELIVERS)
+async def test_a_handler_over_its_time_counts_as_failed(bench: Bench) -> None:
+    got: list[int] = []
+    trash = bench.address("trash")
+    dead = DeadLetters(bench, trash)
+
+    @bench.subscriber(
+        bench.address("slow"), handler_timeout=0.05, retry=Retry(attempts=1), dead_letter=trash
+    )
+    async def handler(body: int) -> None:
+        got.append(body)
+        if body == 1:
+            await asyncio.Event().wait()
+
+    await bench.start()
+    await bench.broker.publish(1, bench.address("slow"))
+    await bench.broker.publish(2, bench.address("slow"))
+    await asyncio.sleep(0.1)  # a handler's own time is real, whatever the bench's
+    await bench.until(lambda: dead.got and len(got) == 2)
+    assert dead.got[0][0] == b"1"
+    assert dead.got[0][1]["ms-error-type"] == "TimeoutError"
+    assert got == [1, 2]
+
+
+@needs(REDELIVERS)
+async def test_a_bad_message_does_not_spoil_its_batch(bench: Bench) -> None:
+    got: list[list[int]] = []
+    trash = bench.address("trash")
+    dead = DeadLetters(bench, trash)
+
+    @bench.subscriber(bench.address("batch"), batch=Batch(size=4, wait=2.0), dead_letter=trash)
+    async def handler(orders: list[Order]) -> None:
+        got.append([order.id for order in orders])
+
+    await bench.start()
+    for body in (Order(1), b"poison", Order(2), Order(3)):
+        await bench.broker.publish(body, bench.address("batch"))
+    await bench.until(lambda: got and dead.got)
+    await bench.quiet(0.5)
+    assert got == [[1, 2, 3]]
+    assert [body for body, _ in dead.got] == [b"poison"]
+
+
+@needs(REDELIVERS)
+async def test_a_batch_is_settled_as_one(bench: Bench) -> None:
+    got: list[list[int]] = []
+
+    @bench.subscriber(bench.address("batch"), batch=Batch(size=3, wait=0.5), retry=Retry(delay=0.2))
+    async def handler(numbers: list[int]) -> None:
+        got.append(sorted(numbers))
+        if len(got) == 1:
+            raise ValueError("once more")
+
+    await bench.start()
+    for i in range(3):
+        await bench.broker.publish(i, bench.address("batch"))
+    await bench.until(lambda: len(got) == 2)
+    await bench.quiet(0.5)
+    assert got == [[0, 1, 2], [0, 1, 2]]
+
+
+@needs(REDELIVERS)
+async def test_stop_application_hands_its_message_back(bench: Bench) -> None:
+    got: list[tuple[str, int]] = []
+    address = bench.address("ended")
+
+    @bench.subscriber(address, group="g")
+    async def ends(body: int) -> None:
+        got.append(("first", body))
+        raise StopApplication
+
+    second = bench.subscriber(address, group="g", on=bench.second, persistent=False)
+
+    @second
+    async def takes(body: int) -> None:
+        got.append(("second", body))
+
+    await bench.start()
+    await bench.broker.publish(1, address)
+    await bench.until(lambda: bench.broker.state is State.STOPPED)
+    await second.start()
+    await bench.until(lambda: len(got) == 2)
+    assert got == [("first", 1), ("second", 1)]
+    await second.stop()
+
+
+@needs(REDELIVERS)
+async def test_what_happened_is_counted(bench: Bench) -> None:
+    done: list[int] = []
+    trash = bench.address("trash")
+    dead = DeadLetters(bench, trash)
+
+    @bench.subscriber(bench.address("counted"), retry=Retry(attempts=1), dead_letter=trash)
+    async def handler(body: int) -> None:
+        done.append(body)
+        if body == 2:
+            raise ValueError("two")
+
+    await bench.start()
+    for i in (1, 2, 3):
+        await bench.broker.publish(i, bench.address("counted"))
+    await bench.until(lambda: len(done) == 3 and dead.got)
+    await bench.until(lambda: not bench.broker.health()["subscriptions"][-1]["in_flight"])
+    [health] = [s for s in bench.broker.health()["subscriptions"] if "counted" in s["source"]]
+    assert (health["handled"], health["failed"], health["dead_lettered"]) == (2, 1, 1)
+    assert health["state"] == "running"

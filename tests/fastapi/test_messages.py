@@ -403,7 +403,7 @@ async def test_a_message_that_cannot_be_read_is_told_and_dead_lettered(nats: Any
     async def bury(message: MessageOf) -> None:
         dead.append(message)
 
-    @router.post("/")
+    @app.post("/")
     async def page(order: Order) -> None: ...
 
     async with serving(app) as client:

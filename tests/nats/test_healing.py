@@ -58,6 +58,7 @@ async def test_a_crash_loses_nothing(own, nats_server):
         nats_server.kill()
         nats_server.start()
     await eventually(lambda: set(sent) <= set(taken.bodies), 15)
+    await eventually(lambda: [event for event, _ in own.events].count("reconnected") == 3)
     assert (await own.driver.js.stream_info("S")).state.messages == len(sent)
 
 

@@ -23,6 +23,7 @@ from millstream.errors import (
 )
 from millstream.memory import (
     Delivery,
+    MemoryBroker,
     MemoryBus,
     MemoryDriver,
     MemoryIntake,
@@ -458,3 +459,24 @@ async def test_drivers_share_nothing_but_a_common_bus() -> None:
 def test_contradicting_options_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(SetupError, match=says):
         MemorySubscription("a", **options).check()
+
+
+async def test_a_subscription_that_was_lost_comes_back(caplog: pytest.LogCaptureFixture) -> None:
+    clock = VirtualClock()
+    broker = MemoryBroker(clock=clock)
+    got: list[int] = []
+
+    @broker.subscriber("orders", durable="d")
+    async def handler(body: int) -> None:
+        got.append(body)
+
+    await broker.start()
+    [intake] = broker.driver._intakes  # type: ignore[attr-defined]
+    intake.lost(ConnectionError("gone"))
+    await broker.publish(1, "orders")
+    await clock.advance(5.0)
+    await broker.publish(2, "orders")
+    await clock.settle()
+    assert got == [1, 2]
+    assert "subscribing anew" in caplog.text
+    await broker.stop()

@@ -54,7 +54,13 @@ class Typed(TypedDict):
 
 
 async def given(
-    handler: Any, body: Any, *, to: str = "in", address: str = "in", headers: Any = None, **options: Any
+    handler: Any,
+    body: Any,
+    *,
+    to: str = "in",
+    address: str = "in",
+    headers: Any = None,
+    **options: Any,
 ) -> None:
     """Let a handler have one message."""
     broker = options.pop("broker", None) or MemoryBroker()
@@ -100,7 +106,9 @@ async def test_a_body_becomes_its_annotation(annotation: Any, body: Any, expecte
     assert type(got[0]) is type(expected)
 
 
-@pytest.mark.parametrize("annotation", [int, Item, Model, Data, Annotated[int, pydantic.Field(gt=3)]])
+@pytest.mark.parametrize(
+    "annotation", [int, Item, Model, Data, Annotated[int, pydantic.Field(gt=3)]]
+)
 async def test_a_wrong_body_names_its_place(annotation: Any) -> None:
     async def handler(value) -> None:  # type: ignore[no-untyped-def]
         raise AssertionError("must not run")
@@ -437,17 +445,13 @@ async def test_what_stands_after_a_yield_runs_before_the_result_is_published() -
 
     @broker.subscriber("in", durable="d")
     @broker.publisher("out", middlewares=[Publishing])
-    async def handler(
-        a: str = Depends(session), b: str = Depends(kept, scope="message")
-    ) -> str:
+    async def handler(a: str = Depends(session), b: str = Depends(kept, scope="message")) -> str:
         order.append("handler")
         return a
 
     async with TestBroker(broker) as running:
         await running.publish(b"", "in")
-    assert order == [
-        "open", "open kept", "handler", "close", "publish session", "close kept"
-    ]
+    assert order == ["open", "open kept", "handler", "close", "publish session", "close kept"]
 
 
 async def test_a_yield_dependency_sees_the_handlers_exception() -> None:
@@ -653,7 +657,9 @@ def test_an_unknown_option_of_a_decorator() -> None:
 
 async def test_apply_types_fills_marked_parameters() -> None:
     @apply_types
-    async def function(a: int, logger: Logger, b: int = Depends(lambda: 2)) -> tuple[int, int, bool]:
+    async def function(
+        a: int, logger: Logger, b: int = Depends(lambda: 2)
+    ) -> tuple[int, int, bool]:
         return a, b, hasattr(logger, "info")
 
     assert await function("1") == (1, 2, True)

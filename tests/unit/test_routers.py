@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from millstream import AckPolicy, Depends, Message, Retry, SetupError
+from millstream.endpoints import Route, RoutePublisher
 from millstream.errors import NotConnected, StateError
 from millstream.memory import MemoryBroker, MemoryRouter
-from millstream.endpoints import Route, RoutePublisher
 from millstream.nats import NatsRouter
 from millstream.testing import TestBroker
 
