@@ -138,11 +138,10 @@ class EmbeddedNats:
         try:
             guard.wait(timeout)
         except subprocess.TimeoutExpired:
-            if self.pid is not None:
-                with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):
+                if self.pid is not None:
                     os.kill(self.pid, 9)
-            guard.kill()
-            guard.wait()
+            guard.wait()  # it waits for the server and for nothing else
         guard.stdout.close()
         self.pid = None
 

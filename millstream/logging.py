@@ -184,10 +184,10 @@ def setup(
     root, number = logging.getLogger(), level_of(level)
     if not force and any(not isinstance(handler, _Handler) for handler in root.handlers):
         return False
-    stream = stream or sys.stderr
+    out: TextIO = sys.stderr if stream is None else stream
     if colors is None:
-        colors = stream.isatty() and not os.environ.get("NO_COLOR")
-    handler = _Handler(stream)
+        colors = out.isatty() and not os.environ.get("NO_COLOR")
+    handler = _Handler(out)
     handler.setFormatter(JSONFormatter() if json else LineFormatter(colors=colors))
     handler.addFilter(MessageFilter())
     root.handlers[:] = [handler]

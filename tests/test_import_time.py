@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-#: Seconds of CPU time, asyncio and msgspec included.
+#: Seconds of CPU time, asyncio and msgspec included: three quarters of it are theirs.
 CORE_BUDGET = 0.060
+THEIRS = 0.045
 #: What our side may add to the client's own import.
 NATS_BUDGET = 0.040
 ROUNDS = 9
@@ -69,7 +70,13 @@ def within(budget: float, measure: Callable[[], float], tries: int = 3) -> None:
 
 
 def test_import_millstream(fresh: Callable[[str], str]) -> None:
-    within(CORE_BUDGET, lambda: cpu(fresh, "millstream")[0])
+    def measured() -> float:
+        theirs, all_of_it = cpu(fresh, "asyncio, msgspec", "millstream")
+        # Where even their part takes longer than that, the machine is busy, and what can be
+        # said is what is ours.
+        return all_of_it - max(theirs - THEIRS, 0.0)
+
+    within(CORE_BUDGET, measured)
 
 
 def test_import_millstream_nats(fresh: Callable[[str], str]) -> None:

@@ -115,9 +115,12 @@ class Reloader:
         self.on_ready: Callable[[Hello], None] | None = on_ready
         self.child: Child | None = None
         self.stopping = asyncio.Event()
+        self._hurried = asyncio.Event()
 
     def interrupted(self) -> None:
         """SIGINT or SIGTERM; the second one means now."""
+        if self.stopping.is_set():
+            self._hurried.set()
         self.stopping.set()
         if self.child is not None:
             self.child.terminate()
@@ -181,7 +184,10 @@ class Reloader:
                 child.terminate()
                 await asyncio.wait((exit,), timeout=2.0)
         else:
-            await asyncio.wait((exit,), timeout=child.grace)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._either(exit, self._hurried.wait()), child.grace)
+            if not exit.done() and self._hurried.is_set():
+                await asyncio.wait((exit,), timeout=2.0)
         if not exit.done():
             log.warning("the application did not stop in time; killing it")
             child.kill()

@@ -41,6 +41,8 @@ async def serve(
         Exception: what the start of the application raised.
     """
     settings = _settings(target, options)
+    # Requests are finished first, then messages: a request may wait for one of our handlers.
+    hello.grace += settings.setdefault("timeout_graceful_shutdown", int(hello.grace) + 1) or 0.0
     sock: socket.socket | None = None
     if channel is not None:
         _, sock = channel.hello(hello)
@@ -49,7 +51,6 @@ async def serve(
         port = 8000 if options.port is None else options.port
         sock = listen(options.host or "127.0.0.1", port, options.uds)
     url = url_of(sock, "https" if settings.get("ssl_certfile") else "http")
-    settings = {"timeout_graceful_shutdown": int(hello.grace) + 1} | settings
     lifespan = _Lifespan(target.object)
     config = uvicorn.Config(lifespan, log_config=None, interface="asgi3", **settings)
 

@@ -86,6 +86,11 @@ class Worker:
         self.replacing = False
         self.deaths = 0
 
+    @property
+    def is_up(self) -> bool:
+        """Whether its process is ready."""
+        return self.child is not None and self.child.ready.is_set()
+
     async def keep(self) -> None:
         """Keep a process running until the supervisor stops."""
         boss, loop = self.supervisor, asyncio.get_running_loop()
@@ -196,16 +201,18 @@ class Supervisor:
             self._roll = asyncio.get_running_loop().create_task(self._replace_all())
 
     async def _replace_all(self) -> None:
+        loop = asyncio.get_running_loop()
         log.info("replacing %d workers, one by one", len(self.workers))
         for worker in self.workers:
-            old = worker.child
-            if old is None:
-                continue
-            worker.replacing, deaths = True, worker.deaths
+            while not all(other.is_up for other in self.workers):
+                await asyncio.sleep(0.05)
+            old, deaths = worker.child, worker.deaths
+            assert old is not None
+            worker.replacing = True
             old.terminate()
-            deadline = asyncio.get_running_loop().time() + old.grace
-            while worker.child is old or worker.child is None or not worker.child.ready.is_set():
-                if worker.child is old and asyncio.get_running_loop().time() > deadline:
+            deadline = loop.time() + old.grace
+            while worker.child is old or not worker.is_up:
+                if worker.child is old and loop.time() > deadline:
                     log.warning("worker %d did not stop in time; killing it", worker.number)
                     old.kill()
                 if worker.deaths > deaths:

@@ -52,8 +52,14 @@ from .streams import Streams
 API_TIMEOUT = 5.0
 #: Seconds after which a message with an id is sent again if no confirmation came.
 RESEND = 1.0
-#: Bytes that may wait for the socket before publishers have to wait (nats-py's own bound).
+#: Bytes that may wait for the socket before publishers have to wait (nats-py's own default).
 PENDING = 2 * 1024 * 1024
+#: Seconds between two looks whether there is room again.
+ROOM = 0.005
+#: Seconds for each of the last things that are done at a close.
+LAST = 2.0
+#: Seconds after which a round trip that nobody waits for any more is given up.
+PATIENT = 600
 
 
 class NatsDriver:
@@ -93,6 +99,8 @@ class NatsDriver:
         self.stores = Stores(self)
         self.intakes: set[Flow] = set()
         self._callbacks = {key: options.pop(key, None) for key in _CALLBACKS}
+        self._pending_size = options.get("pending_size") or PENDING
+        options.setdefault("flush_timeout", publish_timeout)
         self._options = client_options(security, options)
         self._tls = security is not None and security.use_ssl
         self._js_options = js_options or {}
@@ -173,33 +181,43 @@ class NatsDriver:
 
     async def close(self) -> None:
         self._closing = True
-        client, self._client = self._client, None
-        for task in list(self._tasks):
-            task.cancel()
-        if client is None:
-            return
-        self._client = client
-        with suppress(Exception):  # whatever the state of the connection, it is being left
-            async with asyncio.timeout(API_TIMEOUT):
-                if client.is_connected:
-                    for spec, name in self._ephemeral.values():
-                        await self.forget(spec.stream_name or "", name)
-                    await client.flush(int(API_TIMEOUT))
+        client = self._client
+        if client is not None:
+            if client.is_connected:
+                for spec, name in self._ephemeral.values():
+                    await self.forget(spec.stream_name or "", name)
+                await self.flush(LAST)
+            await self._disconnect(client)
         self._client = self._replies = self._js = None
         self._ephemeral.clear()
         self._up.clear()
-        with suppress(Exception):
-            await client.close()
+        for task in list(self._tasks):
+            task.cancel()
+
+    async def _disconnect(self, client: Client) -> None:
+        closing = asyncio.ensure_future(client.close())
+        await asyncio.wait({closing}, timeout=LAST)
+        if not closing.done():
+            # The server takes nothing any more, and nats-py would wait for it for ever.
+            with suppress(AttributeError):
+                client._transport._io_writer.transport.abort()  # type: ignore[union-attr]
+            closing.cancel()
+            await asyncio.wait({closing})
+        elif closing.exception() is not None:
+            log.debug("closing the connection: %s", closing.exception())
 
     async def ping(self, timeout: float) -> bool:
-        if not self.connected:
-            return False
-        try:
-            async with asyncio.timeout(timeout):
-                await self.client.flush()
-        except (NatsError, OSError, TimeoutError):
-            return False
-        return True
+        return self.connected and await self.flush(timeout)
+
+    async def flush(self, timeout: float) -> bool:
+        """Whether the server confirms within ``timeout`` seconds to have got everything so far.
+
+        The round trip itself is never cancelled: a late answer to one that was would end
+        nats-py's reader without a word.
+        """
+        flushing = self.spawn(self.client.flush(PATIENT))
+        await asyncio.wait({flushing}, timeout=timeout)
+        return flushing.done() and not flushing.cancelled() and flushing.exception() is None
 
     async def _on_error(self, error: Exception) -> None:
         self._reason = reason_of(error)
@@ -273,11 +291,17 @@ class NatsDriver:
         """Tell the application of an error that ends nothing."""
         self.notify("error", reason)
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something on the side until it is done or the driver closes."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.debug("on the side: %r", task.exception())
 
     # Declarations and subscriptions
 
@@ -298,7 +322,7 @@ class NatsDriver:
                 await flow.start()
             else:
                 await flow.attach()
-                await self.client.flush()  # the server knows it once this returns
+                await self.flush(API_TIMEOUT)  # the server knows it once this returns
         except BaseException:
             await flow.close()
             raise
@@ -325,41 +349,50 @@ class NatsDriver:
 
     # Publishing
 
-    async def _ready(self, timeout: float) -> Client:
-        """The client, once it is connected and has room for more.
+    async def _ready(self, timeout: float, size: int = 0) -> float:
+        """Wait until there is a connection, with room for ``size`` bytes more.
+
+        Returns the seconds that are left of ``timeout``.
 
         Raises:
-            NotConnected: not within ``timeout`` seconds.
+            NotConnected: not in time.
         """
-        client = self.client
-        if client.is_connected and client.pending_data_size < PENDING:
-            return client
-        try:
-            async with asyncio.timeout(timeout):
-                while not self.connected:
-                    self._up.clear()
+        self.client  # noqa: B018 - says so if there was no connection at all
+        now = self.clock.now
+        end = now() + timeout
+        while not self._room(size):
+            left = end - now()
+            if left <= 0:
+                state = "takes no data" if self.connected else "is not connected"
+                reason = f": {self._reason}" if self._reason else ""
+                raise NotConnected(
+                    f"{self.describe()} {state} for {timeout:g} s{reason}",
+                    state="disconnected",
+                    wanted="connected",
+                )
+            if self.connected:
+                await self.clock.sleep(min(ROOM, left))
+                continue
+            self._up.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
                     await self._up.wait()
-                client = self.client
-                if client.pending_data_size >= PENDING:
-                    await client.flush(int(timeout) + 1)
-        except (TimeoutError, NatsError):
-            state = "takes no data" if self.connected else "is not connected"
-            raise NotConnected(
-                f"{self.describe()} {state} for {timeout:g} s: {self._reason or 'no reason given'}",
-                state="disconnected",
-                wanted="connected",
-            ) from None
-        return client
+        return max(end - now(), 0.01)
+
+    def _room(self, size: int) -> bool:
+        client = self._client
+        if client is None or not client.is_connected:
+            return False
+        pending = client.pending_data_size
+        return not pending or pending + size < self._pending_size
 
     async def publish(
         self, command: NatsPublish, data: bytes, headers: dict[str, str] | None
     ) -> PubAck | None:
         timeout = command.timeout if command.timeout is not None else self.publish_timeout
-        client = self._client
-        if client is None or not client.is_connected or client.pending_data_size >= PENDING:
-            started = self.clock.now()
-            client = await self._ready(timeout)
-            timeout = max(timeout - (self.clock.now() - started), 0.1)
+        if not self._room(len(data)):
+            timeout = await self._ready(timeout, len(data))
+        client = self.client
         wire = headers or None
         if command.stored or command.subject in self.streams.kept:
             wire = command.wire_headers(headers)
@@ -423,13 +456,10 @@ class NatsDriver:
     async def request(
         self, command: NatsPublish, data: bytes, headers: dict[str, str] | None, timeout: float
     ) -> Msg:
-        client = self._client
-        if client is None or not client.is_connected:
-            started = self.clock.now()
-            client = await self._ready(timeout)
-            timeout = max(timeout - (self.clock.now() - started), 0.1)
+        if not self._room(len(data)):
+            timeout = await self._ready(timeout, len(data))
         wire = command.wire_headers(headers)
-        self._check_size(client, command.subject, data, wire)
+        self._check_size(self.client, command.subject, data, wire)
         return await self._ask(command.subject, data, wire, timeout)
 
     async def send(self, subject: str, data: bytes, reply: str = "") -> None:

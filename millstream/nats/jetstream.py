@@ -49,6 +49,7 @@ class StreamFlow(Flow):
         self._latest: Msg | None = None
         self._last = 0
         self._failures = 0
+        self._sick = False
         self._healing: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
 
@@ -128,26 +129,27 @@ class StreamFlow(Flow):
 
     def heal(self, reason: str) -> None:
         """Look whether the consumer is there, make it again if not, and go on."""
+        self._sick = True
         if not self.paused and (self._healing is None or self._healing.done()):
             self._healing = asyncio.get_running_loop().create_task(self._heal(reason))
 
     async def _heal(self, reason: str) -> None:
-        while not self.paused:
+        while self._sick and not self.paused:
             if self._failures:
                 least, most = PATIENCE
                 await self.driver.clock.sleep(min(least * 2**self._failures, most))
             self._failures += 1
+            self._sick = False
             try:
                 resume = self._resume()
                 made = await self.consumer.ensure(resume)
                 if made:
                     self._announce(reason, resume)
                 await self._continue(made)
-                return
             except SetupError as error:
                 self._fail(error)
-                return
             except (MillstreamError, NatsError, TimeoutError) as error:
+                self._sick = True
                 log.debug("stream %s: %s", self.consumer.stream, error)
 
     def _announce(self, reason: str, resume: int | None) -> None:

@@ -42,7 +42,7 @@ def needs(something):
     return app
 
 
-asgi = Millstream(NatsBroker({url!r})).as_asgi()
+asgi = Millstream(NatsBroker({url!r}, startup_timeout=5)).as_asgi()
 """
 
 WEB = """

@@ -168,7 +168,9 @@ async def test_limits_of_what_may_wait(bench, limit):
     await eventually(lambda: bench.heard("error"))
     assert sum("too slow" in reason for _, reason in bench.events) == 1
     gate.set()
-    await eventually(lambda: any("dropped" in r for _, r in bench.events[1:]) and not taken.intake.waiting)
+    await eventually(
+        lambda: any("dropped" in r for _, r in bench.events[1:]) and not taken.intake.waiting
+    )
     assert 5 <= len(taken.raws) <= 7
     await bench.publish(name, b"later")
     await eventually(lambda: taken.bodies[-1] == b"later")
@@ -232,7 +234,11 @@ async def test_the_envelope(bench):
     await bench.publish(f"{name}.eu", b"body", headers={"reply_to": "there", "message_id": "7"})
     (raw,) = await taken.count(1)
     message = NatsMessage(raw, Link(bench.driver, spec))
-    assert (message.body, message.destination, message.path) == (b"body", f"{name}.eu", {"region": "eu"})
+    assert (message.body, message.destination, message.path) == (
+        b"body",
+        f"{name}.eu",
+        {"region": "eu"},
+    )
     assert (message.reply_to, message.message_id) == ("there", "7")
     assert message.delivery_count == 1 and message.timestamp is None
     assert await message.ack()

@@ -1,0 +1,139 @@
+"""A circuit breaker: stop taking messages while what the handler needs is down.
+
+Without it an outage of a database turns a whole queue into retries and dead letters. With it
+the subscription pauses, the broker keeps the backlog, and one message at a time is tried until
+one succeeds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from .errors import DecodeError, HandlerException, NackMessage, SetupError, StopConsume
+from .log import log_line
+from .message import Message
+from .middleware import Call
+
+if TYPE_CHECKING:
+    from .subscription import Subscription
+
+
+class Breaker(msgspec.Struct, frozen=True):
+    """When to pause a subscription.
+
+    Fields:
+        share: the share of failed attempts in the window that opens the circuit, 0 to 1.
+        window: seconds that count.
+        minimum: attempts in the window before their share means anything.
+        pause: seconds before the first probe; doubled after each probe that fails.
+        longest: the longest pause, in seconds.
+    """
+
+    share: float = 0.5
+    window: float = 30.0
+    minimum: int = 10
+    pause: float = 5.0
+    longest: float = 300.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise SetupError(f"Breaker(share={self.share})", code="MS141", fix="above 0, up to 1")
+        if self.minimum < 1 or self.window <= 0 or self.pause <= 0:
+            raise SetupError(
+                f"{self!r}", code="MS141", fix="minimum, window and pause are above zero"
+            )
+
+
+class Circuit:
+    """One subscription's circuit: closed, open (paused), or half open (probing)."""
+
+    def __init__(self, breaker: Breaker, subscription: Subscription) -> None:
+        self.breaker, self.subscription = breaker, subscription
+        self.state = "closed"
+        self._outcomes: deque[tuple[float, bool]] = deque()
+        self._failures = 0
+        self._pause = breaker.pause
+        self._probing = False
+        self._decided = asyncio.Event()
+
+    def guard(self, call: Call) -> Call:
+        """Wrap the handling of a message."""
+
+        async def guarded(message: Message[Any]) -> Any:
+            if self.state != "closed":
+                await self._wait_for_turn()
+            try:
+                result = await call(message)
+            except (HandlerException, StopConsume, DecodeError):
+                self._probing = False
+                raise  # the handler's word, or the sender's fault: says nothing of an outage
+            except Exception:
+                self._note(False)
+                raise
+            self._note(True)
+            return result
+
+        return guarded
+
+    async def _wait_for_turn(self) -> None:
+        """While probing, one message runs; the others wait for what becomes of it."""
+        while self.state == "half open" and self._probing:
+            await self._decided.wait()
+        if self.state == "open":
+            raise NackMessage(delay=self._pause)
+        if self.state == "half open":
+            self._probing = True
+            self._decided.clear()
+
+    def _note(self, success: bool) -> None:
+        if self.state == "half open":
+            self._probing = False
+            self._decided.set()
+            if success:
+                self._close()
+            else:
+                self._pause = min(self._pause * 2, self.breaker.longest)
+                self._open("the probe failed")
+            return
+        now = self.subscription.broker.clock.now()
+        outcomes = self._outcomes
+        outcomes.append((now, success))
+        self._failures += not success
+        while outcomes[0][0] < now - self.breaker.window:
+            self._failures -= not outcomes.popleft()[1]
+        count = len(outcomes)
+        if not success and self.state == "closed" and count >= self.breaker.minimum:
+            share = self._failures / count
+            if share >= self.breaker.share:
+                self._open(f"{self._failures} of {count} attempts failed")
+
+    def _open(self, reason: str) -> None:
+        self.state = "open"
+        self._outcomes.clear()
+        self._failures = 0
+        subscription = self.subscription
+        log_line(
+            subscription.broker.logger,
+            "warning",
+            f"{subscription.name}: circuit open ({reason}); paused for {self._pause:g} s",
+        )
+        subscription.broker.spawn(self._rest())
+
+    async def _rest(self) -> None:
+        await self.subscription.pause(f"circuit open for {self._pause:g} s")
+        await self.subscription.broker.clock.sleep(self._pause)
+        if self.state == "open":
+            self.state = "half open"
+            self._probing = False
+            await self.subscription.resume()
+
+    def _close(self) -> None:
+        self.state = "closed"
+        self._pause = self.breaker.pause
+        log_line(
+            self.subscription.broker.logger, "info", f"{self.subscription.name}: circuit closed"
+        )
