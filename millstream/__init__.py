@@ -10,14 +10,17 @@ import sys as _sys
 
 from .ack import AckPolicy, Settlement
 from .app import FastStream, Millstream
+from .breaker import Breaker
 from .broker import Broker, State
 from .clock import Clock, VirtualClock
 from .codec import JSON, Codec, MsgPack, Raw
 from .context import ContextRepo
+from .dedup import Dedup, MemoryDedup, SqliteDedup
 from .driver import Batch, Capability, PublishCommand
 from .endpoints import Route, Router
 from .errors import (
     AckMessage,
+    BatchFailed,
     MillstreamError,
     NackMessage,
     RejectMessage,
@@ -44,6 +47,8 @@ __all__ = [
     "AckPolicy",
     "BaseMiddleware",
     "Batch",
+    "BatchFailed",
+    "Breaker",
     "Broker",
     "Capability",
     "Clock",
@@ -51,6 +56,7 @@ __all__ = [
     "Context",
     "ContextRepo",
     "DeadLetter",
+    "Dedup",
     "Depends",
     "ExceptionMiddleware",
     "Exponential",
@@ -58,6 +64,7 @@ __all__ = [
     "Handler",
     "Header",
     "Logger",
+    "MemoryDedup",
     "Message",
     "Middleware",
     "Millstream",
@@ -76,6 +83,7 @@ __all__ = [
     "Settlement",
     "SetupError",
     "SkipMessage",
+    "SqliteDedup",
     "State",
     "StopApplication",
     "StopConsume",

@@ -10,6 +10,7 @@ from typing import Any, Self, TypedDict, Unpack
 
 import msgspec
 
+from . import killpoints
 from .ack import AckPolicy
 from .clock import Clock, LoopClock
 from .codec import Codec, as_decode_error, decode_any
@@ -36,6 +37,7 @@ from .spy import Probe
 from .subscriber import Subscriber
 from .subscription import Subscription
 from .types import LoggerLike
+from .watchdog import watch
 
 _UNSET: Any = msgspec.UNSET
 
@@ -71,6 +73,8 @@ class BrokerOptions(TypedDict, total=False):
         publish_timeout: seconds a publication waits for a lost connection and for the
             broker's confirmation; 5.
         request_timeout: seconds to wait for an answer; 5.
+        watchdog: seconds for which a handler may block the event loop before a warning names
+            it; 1. None for no watchdog.
         logger: what ``Logger`` injects and where the broker logs; None for nothing at all.
         parser: for all subscriptions that do not say otherwise.
         decoder: the same.
@@ -93,6 +97,7 @@ class BrokerOptions(TypedDict, total=False):
     startup_timeout: float
     publish_timeout: float
     request_timeout: float
+    watchdog: float | None
     logger: LoggerLike | None
     parser: Callable[..., Any] | None
     decoder: Callable[..., Any] | None
@@ -132,6 +137,7 @@ class Broker(Endpoints):
         self.startup_timeout = options.get("startup_timeout", 30.0)
         self.publish_timeout = options.get("publish_timeout", 5.0)
         self.request_timeout = options.get("request_timeout", 5.0)
+        self.watchdog = options.get("watchdog", 1.0)
         self.description, self.tags = options.get("description"), options.get("tags", ())
         self._logger: Any = options.get("logger", _UNSET)
         #: The application that runs this broker, if one does.
@@ -183,7 +189,7 @@ class Broker(Endpoints):
 
     def sender(self, codec: Codec | None, middlewares: Sequence[Any]) -> Send:
         """The way of a command: middlewares, encoding, driver."""
-        return self._way(codec, middlewares, self.driver.publish)
+        return self._way(codec, middlewares, killpoints.around("publish", self.driver.publish))
 
     def requester(self, codec: Codec | None, middlewares: Sequence[Any]) -> Send:
         """The same for requests; gives the raw answer."""
@@ -424,6 +430,8 @@ class Broker(Endpoints):
             self.compile()
             await self.values.open(self.stack)
             await self.driver.declare(self.specs())
+            if self.watchdog is not None:
+                self.stack.enter_context(watch(self.watchdog))
             for subscription in self.subscriptions:
                 await subscription.start()
                 subscription.subscriber.running.append(subscription)

@@ -24,7 +24,7 @@ from .middleware import Call
 if TYPE_CHECKING:
     import sqlite3
 
-    from .driver import Driver
+    from .broker import Broker
 
 #: What a store answers to a claim: run it, it is being run elsewhere, or it was done.
 Claim = Literal["mine", "busy", "done"]
@@ -79,9 +79,9 @@ class Dedup(msgspec.Struct, frozen=True):
         return value
 
 
-def deduplicating(dedup: Dedup, scope: str, driver: Driver, call: Call) -> Call:
+def deduplicating(dedup: Dedup, scope: str, broker: Broker, call: Call) -> Call:
     """Wrap the handling of a message; ``scope`` keeps the keys of subscriptions apart."""
-    store = dedup.store or MemoryDedup(driver.clock)
+    store = dedup.store or MemoryDedup(broker.clock)
 
     async def once(message: Message[Any]) -> Any:
         key = f"{scope}:{dedup.key_of(message)}"

@@ -10,8 +10,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from . import killpoints
 from .ack import Settlement
 from .body import reader
+from .breaker import Circuit
+from .dedup import deduplicating
 from .driver import Capability, Sink
 from .errors import HandlerNotFound, SetupError, StopApplication
 from .log import log_error
@@ -52,12 +55,23 @@ class Delivery:
         _, call, respond = table[0]
         if len(table) > 1 or entries[0].filter is not None:
             call, respond = self._choose(table), None
-        if subscription.failing.retry_here:
-            call, respond = subscription.failing.retrying(_both(call, respond)), None
+        failing = subscription.failing
+        if self.spec.deduplicate is not None:
+            call, respond = _both(call, respond), None
+            call = deduplicating(self.spec.deduplicate, self._key_scope(), self.broker, call)
+        if self.spec.breaker is not None:
+            call = Circuit(self.spec.breaker, subscription).guard(call)
+        if failing.retry_here:
+            call, respond = failing.retrying(_both(call, respond)), None
+        call = killpoints.around("handler", call)
         parser = entries[0].parser or self.spec.parser or self.scope.parser
         after = next((p.after for p in self.plans if p.after is not None), None)
         self.has_dependencies = any(plan.has_dependencies for plan in self.plans)
         self.deliver: Sink = self._deliverer(call, respond, parser, after)
+
+    def _key_scope(self) -> str:
+        """What tells the keys of this subscription from those of others in one store."""
+        return f"{self.spec.destination}/{self.subscription.name}"
 
     def _only_one_takes_all(self, entries: list[Entry]) -> None:
         plain = [e for e in entries if e.filter is None]
@@ -172,6 +186,9 @@ class Delivery:
         batch = self.spec.batch is not None
         before, success = row.before, row.success
         first, settles = before is not _NONE, success is not _NONE
+        counts = (
+            me.failing.retries and Capability.DELIVERY_COUNT in self.spec.capabilities and not batch
+        )
         keep = self.spec.ack_wait is not None and Capability.TOUCH in self.spec.capabilities
         running = me.running
         set_current, reset_current = current.set, current.reset
@@ -193,6 +210,8 @@ class Delivery:
                     set_current(message)
                 if first:
                     await message.settle(before)
+                if counts and message.redelivered and await me.failing.crashed(message):
+                    return
                 result = await call(message)
                 if result is not None and respond is not None:
                     await respond(message, result)

@@ -15,8 +15,10 @@ import msgspec
 
 from .ack import AckPolicy, Settlement
 from .address import AddressSyntax
+from .breaker import Breaker
 from .clock import Clock
 from .codec import Codec
+from .dedup import Dedup
 from .message import Message
 from .middleware import Middleware
 from .params import Depends
@@ -94,6 +96,8 @@ class SubscriptionSpec(Spec, frozen=True, kw_only=True):
             (``"header:tenant"``), a field of the body (``"carrier"``) or a function of the
             message.
         batch: hand the handler lists.
+        deduplicate: handle a message that comes again, or was sent twice, only once.
+        breaker: pause while most attempts fail.
         handler_timeout: seconds a handler may run before it is cancelled and counts as failed.
         inline: run a plain ``def`` handler on the event loop instead of in a thread.
         no_reply: never answer, even if the message asks for a reply.
@@ -112,6 +116,8 @@ class SubscriptionSpec(Spec, frozen=True, kw_only=True):
     max_workers: int | None = None
     ordered_by: str | Callable[[Message[Any]], Hashable] | None = None
     batch: Batch | None = None
+    deduplicate: Dedup | None = None
+    breaker: Breaker | None = None
     handler_timeout: float | None = None
     inline: bool = False
     no_reply: bool = False

@@ -19,6 +19,8 @@
     ├─ EncodeError (ValueError)
     ├─ ContextError (KeyError)
     ├─ HandlerNotFound                    no filter of a subscription accepts the message
+    ├─ CrashedWorker                      a message that takes its process down
+    ├─ BatchFailed                        raised by batch handlers: which messages failed
     └─ Control flow, raised by handlers
        ├─ HandlerException: AckMessage, NackMessage, RejectMessage, SkipMessage
        ├─ StopConsume
@@ -29,6 +31,7 @@ Each message says what is wrong, where, and how to fix it; ``code`` is stable.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -200,6 +203,26 @@ class HandlerNotFound(MillstreamError):
     """No filter of a subscription accepted the message."""
 
     code = "MS403"
+
+
+class CrashedWorker(MillstreamError):
+    """A message was begun as often as allowed, and each time the process died."""
+
+    code = "MS404"
+
+
+class BatchFailed(MillstreamError):
+    """Raised by a batch handler: some of the messages failed, the others are done.
+
+    ``errors`` maps the index of each failed message to its exception; each is then retried or
+    dead-lettered by itself.
+    """
+
+    code = "MS405"
+
+    def __init__(self, errors: Mapping[int, Exception]) -> None:
+        self.errors = dict(errors)
+        super().__init__(f"{len(self.errors)} messages of the batch failed")
 
 
 class HandlerException(MillstreamError):

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from . import killpoints
 from .ack import TABLE, UNSETTLED, AckPolicy, Row, Settlement
 from .driver import Capability
 from .errors import (
     AckMessage,
+    BatchFailed,
     CapabilityError,
+    CrashedWorker,
     DecodeError,
     HandlerException,
     HandlerNotFound,
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 _ACK, _NACK, _REJECT, _NONE = Settlement.ACK, Settlement.NACK, Settlement.REJECT, Settlement.NONE
 _TRACEBACK_LIMIT = 8 * 1024
+#: Error lines of a subscription before only one a second is written.
+_BURST = 10
 
 
 class Failures:
@@ -51,6 +56,8 @@ class Failures:
         #: Messages whose handling failed, retries included; messages that were buried.
         self.count = self.dead_lettered = 0
         self._address: str | None = None
+        self._send_letter = killpoints.around("dead_letter", self.broker.driver.publish)
+        self._allowed, self._logged, self._unsaid = float(_BURST), 0.0, 0
         spec, scope = self.spec, subscription.scope
         can = spec.capabilities
         said = spec.ack_policy or scope.ack_policy
@@ -91,6 +98,11 @@ class Failures:
                 f"ack_policy={self.spec.ack_policy} has no meaning",
                 fix="leave ack_policy out, or subscribe to a source that stores its messages",
             )
+        if self.spec.breaker is not None and Capability.ACK not in can:
+            raise CapabilityError(
+                f"{self.spec.destination!r} keeps no messages: a breaker would lose them",
+                fix="subscribe to a source that stores its messages",
+            )
         if self.retry.where == "broker" and self.retries and Capability.NACK_DELAY not in can:
             raise CapabilityError(
                 f"{self.spec.destination!r} cannot delay a redelivery, "
@@ -110,18 +122,37 @@ class Failures:
                 except (HandlerException, StopConsume, DecodeError, HandlerNotFound):
                     raise
                 except Exception as error:
+                    message.tries = attempt
                     if not retry.again(error, attempt):
                         raise
                     delay = retry.backoff(attempt)
-                    self._log(
-                        message,
-                        error,
-                        f"attempt {attempt} of {retry.attempts} failed, again in {delay:.3g} s",
-                    )
+                    self.count += 1
+                    self._log(message, error, self._again(attempt, delay))
                     await clock.sleep(delay)
                     attempt += 1
 
         return call_again
+
+    def _again(self, attempt: int, delay: float) -> str:
+        return f"attempt {attempt} of {self.retry.attempts} failed, again in {delay:.3g} s"
+
+    async def crashed(self, message: Message[Any]) -> bool:
+        """Bury a message that was begun as often as allowed and never ended.
+
+        Its earlier attempts ended neither well nor with an error: they took their process
+        down with them. Returns whether the message was taken care of.
+        """
+        attempt = message.attempt
+        if attempt <= self.retry.attempts:
+            return False
+        error = CrashedWorker(f"{attempt - 1} attempts ended with the process that made them")
+        self.count += 1
+        if self.dead_letter is not None:
+            await self._bury(message, error, attempt - 1)
+        else:
+            self._log(message, error, _OUTCOMES[self.last_resort])
+            await message.settle(self.last_resort)
+        return True
 
     async def abandoned(self, message: Message[Any]) -> None:
         """A handler was cancelled at the end of the drain: hand its message back."""
@@ -159,11 +190,7 @@ class Failures:
         self.count += 1
         if self.broker.probe is not None:
             self.broker.probe.failed(error)
-        if (
-            isinstance(error, DecodeError)
-            and isinstance(message, BatchMessage)
-            and await self._split(message)
-        ):
+        if isinstance(message, BatchMessage) and await self._part(message, error):
             return
         poison = isinstance(error, DecodeError | HandlerNotFound)
         attempt = message.attempt
@@ -173,11 +200,7 @@ class Failures:
             self.retries and not self.retry_here and not poison and self.retry.again(error, attempt)
         ):
             delay = self.retry.backoff(attempt)
-            self._log(
-                message,
-                error,
-                f"attempt {attempt} of {self.retry.attempts} failed, again in {delay:.3g} s",
-            )
+            self._log(message, error, self._again(attempt, delay))
             await message.settle(_NACK, delay)
             return
         elif self.dead_letter is not None and (poison or self.policy is AckPolicy.RETRY):
@@ -209,23 +232,36 @@ class Failures:
                 _NACK, self.retry.backoff(message.attempt) if delay is None else delay, **options
             )
 
-    async def _split(self, batch: BatchMessage) -> bool:
-        """Part the bad messages of a batch from the good, and handle the good ones."""
+    async def _part(self, batch: BatchMessage, error: BaseException) -> bool:
+        """Part the bad messages of a batch from the good; each has a fate of its own."""
+        if isinstance(error, BatchFailed):
+            for index, message in enumerate(batch.messages):
+                if index in error.errors:
+                    await self.handle(message, error.errors[index])
+                elif message.settled is None:
+                    await message.settle(_ACK)
+            return True
         read = self.subscription.plans[0].read_one
-        if read is None or len(batch.messages) < 2:
-            return False
-        good: list[Any] = []
-        for message in batch.messages:
-            try:
-                read(message)
-                good.append(message.raw)
-            except DecodeError as bad:
-                await self.handle(message, bad)
-        if len(good) == len(batch.messages):
-            return False
-        if good:
-            await self.subscription.deliver(good)
-        return True
+        if isinstance(error, DecodeError) and read is not None and len(batch.messages) > 1:
+            good: list[Any] = []
+            bad: list[tuple[Message[Any], DecodeError]] = []
+            for message in batch.messages:
+                try:
+                    read(message)
+                    good.append(message.raw)
+                except DecodeError as reason:
+                    bad.append((message, reason))
+            for message, why in bad:
+                await self.handle(message, why)
+            if good and bad:
+                await self.subscription.deliver(good)
+            return bool(bad)
+        if len({message.attempt for message in batch.messages}) > 1:
+            # Some have had their last attempt, others have not.
+            for message in batch.messages:
+                await self.handle(message, error)
+            return True
+        return False
 
     async def _bury(self, message: Message[Any], error: BaseException, attempt: int) -> None:
         """Publish to the dead letter, and settle the original only when that is confirmed."""
@@ -249,7 +285,7 @@ class Failures:
                 }
                 if self.dead_letter.headers:
                     headers.update(self._cause(single, error, attempt))
-                await driver.publish(command, single.body, headers)
+                await self._send_letter(command, single.body, headers)
                 await single.settle(_ACK)
                 self.dead_lettered += 1
         except Exception as second:
@@ -299,8 +335,19 @@ class Failures:
         await self.broker.driver.publish(command, b"", headers)
 
     def _log(self, message: Message[Any], error: BaseException, outcome: str) -> None:
+        """One line; in a storm, one a second that counts those it stands for."""
+        now = self.broker.clock.now()
+        self._allowed = min(_BURST, self._allowed + (now - self._logged))
+        self._logged = now
+        if self._allowed < 1:
+            self._unsaid += 1
+            return
+        self._allowed -= 1
         text = f"{self.name}: {outcome}: {type(error).__name__}: {error} [{message.destination}]"
-        if isinstance(error, DecodeError | HandlerNotFound):
+        if self._unsaid:
+            text += f" (and {self._unsaid} more failures)"
+            self._unsaid = 0
+        if isinstance(error, DecodeError | HandlerNotFound | CrashedWorker):
             # Nobody's code failed, so a traceback would say nothing.
             log_line(self.broker.logger, "error", text)
         else:

@@ -73,7 +73,19 @@ class Message(Generic[RawT]):
     when it is asked. ``settled`` is None until the message is settled.
     """
 
-    __slots__ = ("_correlation_id", "_message_id", "_value", "closers", "link", "raw", "settled")
+    __slots__ = (
+        "_correlation_id",
+        "_message_id",
+        "_value",
+        "closers",
+        "link",
+        "raw",
+        "settled",
+        "tries",
+    )
+
+    #: Attempts made by this process without the broker knowing; set by a retry in place.
+    tries: int
 
     #: Dependencies of the scope ``message`` that end after settlement; set where there are any.
     closers: list[Any]
@@ -168,8 +180,12 @@ class Message(Generic[RawT]):
     @property
     def attempt(self) -> int:
         """Which attempt at handling this is, counted from 1."""
-        count = self.delivery_count
-        return max(count, int(self.headers.get("ms-attempt", "1") or "1"))
+        return getattr(self, "tries", 0) or self.delivery_count
+
+    @property
+    def redelivered(self) -> bool:
+        """Whether this is not the first delivery."""
+        return self.delivery_count > 1
 
     async def decode(self) -> Any:
         """The body as the subscription's codec reads it; decoded once.
@@ -253,6 +269,20 @@ class BatchMessage(Message[list[Any]]):
     @property
     def delivery_count(self) -> int:
         return max(m.delivery_count for m in self.messages)
+
+    async def ack(self, *indexes: int, **options: Any) -> bool:
+        """All messages are done, or those at the given indexes; the others stay open."""
+        if not indexes:
+            return await super().ack(**options)
+        return all([await self.messages[i].ack(**options) for i in indexes])
+
+    async def nack(
+        self, delay: float | None = None, *, index: int | None = None, **options: Any
+    ) -> bool:
+        """Deliver all again after ``delay`` seconds, or the one at ``index``."""
+        if index is None:
+            return await super().nack(delay, **options)
+        return await self.messages[index].nack(delay, **options)
 
     async def in_progress(self) -> None:
         for message in self.messages:

@@ -7,11 +7,12 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
+from . import watchdog
 from .driver import SubscriptionSpec
 from .errors import SetupError, StateError
 from .message import Message
 from .params import Depends
-from .signature import early_hints, name_of, where_is
+from .signature import early_hints, name_of, unwrap, where_is
 from .spy import Spied
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class Handler(Spied, Generic[P, R]):
         self.publishers: list[Publisher] = []
         functools.update_wrapper(self, function)
         self.name = name_of(function)
+        code = getattr(unwrap(function), "__code__", None)
+        if code is not None:
+            watchdog.handlers[code] = f"{self.name} ({self.where})"
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from . import killpoints
 from .ack import Settlement
 from .delivery import Delivery
 from .driver import Capability, Intake, Sink, SubscriptionSpec
@@ -78,6 +79,8 @@ class Subscription:
         self.name = handlers[0].name if handlers else "(no handler)"
         self.where = handlers[0].where if handlers else ""
         self.state = SubscriptionState.STOPPED
+        #: Why it is in this state, where that is not plain.
+        self.note = ""
         self.in_flight = 0
         self.handled = 0
         #: Clock time of the last message's end; 0 if there was none.
@@ -179,6 +182,8 @@ class Subscription:
         self.link.intake = waiting
         self._sink = sink
         self._intake = await self.broker.driver.subscribe(self.spec, sink, self._lost)
+        if killpoints.armed():
+            self._intake.settle = killpoints.around("settle", self._intake.settle)  # type: ignore[method-assign]
         self.link.intake = self._intake
         waiting.ready.set()
         self.state = SubscriptionState.RUNNING
@@ -254,10 +259,10 @@ class Subscription:
                         )
             seen = set(self.running)
 
-    async def pause(self) -> None:
+    async def pause(self, reason: str = "asked for") -> None:
         """Stop taking messages; those that wait are handed back, those that run finish."""
         if self.state is SubscriptionState.RUNNING:
-            self.state = SubscriptionState.PAUSED
+            self.state, self.note = SubscriptionState.PAUSED, reason
             await self._stop_intake()
             if self._intake is not None:
                 await self._idle_before(self.broker.clock.now() + self.broker.graceful_timeout)
@@ -267,7 +272,7 @@ class Subscription:
     async def resume(self) -> None:
         """Take messages again."""
         if self.state is SubscriptionState.PAUSED:
-            self.state = SubscriptionState.STARTING
+            self.state, self.note = SubscriptionState.STARTING, ""
             await self._subscribe(self._sink)
 
     async def _stop_intake(self) -> None:
@@ -352,7 +357,7 @@ class Subscription:
         return {
             "source": self.spec.destination,
             "handler": self.name,
-            "state": self.state.value,
+            "state": self.state.value + (f" ({self.note})" if self.note else ""),
             "in_flight": self.in_flight,
             "handled": self.handled,
             "failed": self.failing.count,

@@ -10,12 +10,38 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import CodeType, FrameType
 
 from .log import default_logger
 
 _logger = default_logger("watchdog")
+#: The names of all handlers, by their code.
+handlers: weakref.WeakKeyDictionary[CodeType, str] = weakref.WeakKeyDictionary()
+#: One watchdog per loop, and how many brokers want it.
+_watching: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Watchdog, int]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@contextmanager
+def watch(limit: float) -> Iterator[None]:
+    """Watch the running loop for the length of a block; ``limit`` as for :class:`Watchdog`."""
+    loop = asyncio.get_running_loop()
+    watchdog, users = _watching.get(loop, (None, 0))
+    watchdog = watchdog or Watchdog(limit)
+    _watching[loop] = watchdog, users + 1
+    try:
+        yield
+    finally:
+        watchdog, users = _watching[loop]
+        if users > 1:
+            _watching[loop] = watchdog, users - 1
+        else:
+            del _watching[loop]
+            watchdog.stop()
 
 
 class Watchdog:
@@ -23,17 +49,15 @@ class Watchdog:
 
     Args:
         limit: seconds without a turn of the loop after which it counts as blocked.
-        name_of: gives a handler's name for a code object, or None for other code.
     """
 
-    def __init__(self, limit: float, name_of: Callable[[CodeType], str | None]) -> None:
+    def __init__(self, limit: float) -> None:
         self._limit = limit
-        self._name_of = name_of
         self._loop = asyncio.get_running_loop()
         self._thread_id = threading.get_ident()
         self._beat = time.monotonic()
         self._stop = threading.Event()
-        self._timer = self._loop.call_soon(self._tick)
+        self._timer: asyncio.Handle = self._loop.call_soon(self._tick)
         self._thread = threading.Thread(target=self._watch, name="millstream-watchdog", daemon=True)
         self._thread.start()
 
@@ -63,9 +87,8 @@ class Watchdog:
             code = frame.f_code
             if not line and not _is_library(code.co_filename):
                 line = f"{code.co_filename}:{frame.f_lineno}"
-            name = self._name_of(code)
-            if name is not None:
-                handler = name
+            handler = handlers.get(code, "")
+            if handler:
                 break
             frame = frame.f_back
         if not handler:

@@ -151,7 +151,7 @@ class _Depends(Depends, _ByIdentity):
         return "request" if own == "message" else own
 
     @scope.setter
-    def scope(self, value: Any) -> None:
+    def scope(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.__dict__["scope"] = value
 
 

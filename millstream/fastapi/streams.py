@@ -13,7 +13,15 @@ import functools
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -21,7 +29,7 @@ from fastapi import APIRouter
 from fastapi.routing import Mount
 
 from ..broker import Broker, State
-from ..errors import SetupError
+from ..errors import MillstreamError, SetupError
 from ..logging import join_server
 from .markers import check_endpoints
 from .messages import AppExceptions, FastAPISource, called
@@ -161,7 +169,7 @@ class Streams:
                     stack.push_async_callback(broker.stop)
                     if broker.on_stop_application is None:
                         broker.on_stop_application = functools.partial(_end_server, broker)
-                    await broker.connect()
+                    await _plainly(broker.connect())
                 async with inner(self.app) as state:
                     await self._start(owned, state)
                     try:
@@ -176,7 +184,7 @@ class Streams:
         self.state = {**({"broker": first} if first is not None else {}), **(state or {})}
         check_endpoints(self.app)
         for broker in owned:
-            await broker.start()
+            await _plainly(broker.start())
         self._operations.update()
         self._warn_of_mounted(getattr(self.app, "routes", ()))
         for part in self.parts:
@@ -223,6 +231,15 @@ class _Overrides(MutableMapping[Any, Any]):
 
     def __eq__(self, other: object) -> bool:
         return bool(self.app.dependency_overrides == other)
+
+
+async def _plainly(step: Awaitable[Any]) -> None:
+    """A start whose errors are short: servers print them with all their frames and causes."""
+    try:
+        await step
+    except MillstreamError as error:
+        _log.debug("the application cannot start", exc_info=error)
+        raise error.with_traceback(None) from None
 
 
 def _end_server(broker: Broker) -> None:

@@ -75,6 +75,10 @@ class NatsStreamMessage(NatsMessage):
         return int(ack_tokens(self.raw.reply)[2])
 
     @property
+    def redelivered(self) -> bool:
+        return ack_tokens(self.raw.reply)[2] != "1"
+
+    @property
     def sequence(self) -> int:
         """The message's number in its stream."""
         return int(ack_tokens(self.raw.reply)[3])

@@ -441,3 +441,32 @@ def test_the_import_of_the_package_loads_no_command_line(tmp_path: Path) -> None
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
     assert not listening(1)
+
+
+LOST = """
+from contextlib import asynccontextmanager
+from fastapi import FastAPI
+from millstream import Millstream
+from millstream.nats import NatsBroker
+
+broker = NatsBroker({url!r}, max_reconnect_attempts=1, reconnect_time_wait=0.1)
+app = Millstream(broker)
+asgi = app.as_asgi()
+
+
+@broker.subscriber("x")
+async def handle(body: dict) -> None: ...
+"""
+
+
+@pytest.mark.parametrize("target", ["main:app", "main:asgi"])
+def test_a_broker_that_is_lost_for_good_ends_it_with_exit_code_1(
+    run: Run, nats_server: Any, tmp_path: Path, target: str
+) -> None:
+    write(tmp_path, main=LOST.format(url=nats_server.url))
+    process = run("run", target, *([] if target == "main:app" else ["--port", "0"]))
+    process.expect("Millstream runs|main:asgi .* on http")
+    nats_server.kill()
+    assert process.wait() == 1
+    process.expect(rf"^Error: .*lost for good: {nats_server.url}")
+    assert "Traceback" not in process.output
