@@ -56,9 +56,9 @@ def reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
 
 def single_reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
     """The function from one message to its decoded body."""
-    what = f"the body of a message for {site.name}"
-    codec = site.codec
-    if type_ is Any or type_ is object:
+    parts = reading_parts(site, type_, default)
+    if parts is None:
+        codec, what = site.codec, _what(site)
 
         def read_any(message: Any) -> Any:
             try:
@@ -67,8 +67,31 @@ def single_reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
                 raise as_decode_error(error, what) from error
 
         return read_any
+    decode, recover = parts
+
+    def read(message: Any) -> Any:
+        try:
+            return decode(message.body)
+        except Exception as error:
+            return recover(message, error)
+
+    return read
+
+
+def reading_parts(
+    site: Site, type_: Any, default: Any
+) -> tuple[Callable[[bytes], Any], Callable[[Any, Exception], Any]] | None:
+    """The decoder of a type, and what gives a value (or raises) where it fails.
+
+    None where the content type has a say.
+
+    Raises:
+        SignatureError: no decoder can be made for the type.
+    """
+    if type_ is Any or type_ is object:
+        return None
     try:
-        decode = codec.decoder(type_)
+        decode = site.codec.decoder(type_)
     except SetupError as error:
         raise SignatureError(
             error.what,
@@ -77,16 +100,18 @@ def single_reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
         ) from error
     optional = default is not MISSING or _allows_none(type_)
     fallback = None if default is MISSING else default
+    what = _what(site)
 
-    def read(message: Any) -> Any:
-        try:
-            return decode(message.body)
-        except Exception as error:
-            if not message.body and optional:
-                return fallback
-            raise as_decode_error(error, what) from error
+    def recover(message: Any, error: Exception) -> Any:
+        if not message.body and optional:
+            return fallback
+        raise as_decode_error(error, what) from error
 
-    return read
+    return decode, recover
+
+
+def _what(site: Site) -> str:
+    return f"the body of a message for {site.name}"
 
 
 def _allows_none(type_: Any) -> bool:
@@ -107,7 +132,7 @@ def custom_reader(site: Site, type_: Any) -> Callable[[Any], Any]:
     two = len([p for p in read_params(decoder)[0] if p.default is MISSING]) >= 2
     convert = converter(type_)
     plain = reader(site, Any, MISSING)
-    what = f"the body of a message for {site.name}"
+    what = _what(site)
 
     async def original(message: Any) -> Any:
         return plain(message)

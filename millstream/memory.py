@@ -448,6 +448,10 @@ class MemoryMessage(Message[Delivery]):
         return self.raw.count
 
     @property
+    def redelivered(self) -> bool:
+        return self.raw.count > 1
+
+    @property
     def timestamp(self) -> datetime | None:
         return datetime.fromtimestamp(self.raw.record.timestamp, UTC)
 

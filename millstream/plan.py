@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .body import custom_reader, element, empty_default, fields_type, reader, single_reader
+from .body import (
+    custom_reader,
+    element,
+    empty_default,
+    fields_type,
+    reader,
+    reading_parts,
+    single_reader,
+)
 from .codec import Codec, as_decode_error, converter, show_type
 from .context import ContextRepo, follow
 from .errors import ContextError, DecodeError, SetupError, SetupErrors, SignatureError
@@ -339,6 +347,8 @@ class _Compiler:
         """Everything the run needs, once all parameters are known."""
         site = self.site
         custom = site.decoder is not None and body_type is not MISSING
+        single = site.spec is None or site.spec.batch is None
+        alone = len(callee.template) == 1 and len(self.body) == 1
         return Recipe(
             callee=callee,
             read=(
@@ -352,7 +362,9 @@ class _Compiler:
             given=self.given,
             steps=self.steps,
             size=self.size,
-            body_only=len(callee.template) == 1 and len(self.body) == 1,
+            direct=(
+                reading_parts(site, body_type, default) if alone and single and not custom else None
+            ),
         )
 
     def bind_body(self) -> None:

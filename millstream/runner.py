@@ -203,18 +203,15 @@ class Recipe(msgspec.Struct):
     steps: Sequence[tuple[int, Callee, str]]
     #: How many values there are; the first is the body.
     size: int
-    #: Whether the handler takes the whole body and nothing else.
-    body_only: bool
+    #: Decoder and fallback, where the handler takes the whole body and nothing else.
+    direct: tuple[Callable[[bytes], Any], Callable[[Any, Exception], Any]] | None
 
 
 def runner(recipe: Recipe) -> Callable[..., Awaitable[Any]]:
     """The closure that turns a message (and what the caller gives) into the handler's result."""
     callee, read, steps = recipe.callee, recipe.read, recipe.steps
-    direct = callee.waits and not (steps or recipe.given or callee.kwargs or recipe.read_waits)
-    if direct and read is not None and recipe.body_only:
-        return _body_only(callee.run, read)
-    if direct:
-        return _flat(callee, read)
+    if callee.waits and not (steps or recipe.given or callee.kwargs or recipe.read_waits):
+        return _flat(callee, read) if recipe.direct is None else _direct(callee.run, *recipe.direct)
     if any(step.kind.endswith("generator") for _, step, _ in steps):
         return _managed(recipe)
     return _stepwise(recipe)
@@ -223,11 +220,17 @@ def runner(recipe: Recipe) -> Callable[..., Awaitable[Any]]:
 Given = Mapping[str, Any] | None
 
 
-def _body_only(
-    function: Callable[..., Any], read: Callable[[Any], Any]
+def _direct(
+    function: Callable[..., Any],
+    decode: Callable[[bytes], Any],
+    recover: Callable[[Any, Exception], Any],
 ) -> Callable[..., Awaitable[Any]]:
     async def call(message: Message[Any], given: Given = None) -> Any:
-        return await function(read(message))
+        try:
+            value = decode(message.body)
+        except Exception as error:
+            value = recover(message, error)
+        return await function(value)
 
     return call
 
@@ -245,36 +248,26 @@ def _flat(callee: Callee, read: Callable[[Any], Any] | None) -> Callable[..., Aw
     return call
 
 
-def _preparation(recipe: Recipe) -> Callable[[Message[Any], Given], Awaitable[list[Any]]]:
-    """Decoding, and the values that the caller gives."""
-    size, read, waits, names = (
-        recipe.size,
-        recipe.read,
-        recipe.read_waits,
-        list(recipe.given.items()),
-    )
-
-    async def prepare(message: Message[Any], given: Given) -> list[Any]:
-        values: list[Any] = [None] * size
-        if given:
-            for name, i in names:
-                values[i] = given[name]
-        if read is not None:
-            value = read(message)
-            values[0] = await value if waits else value
-        return values
-
-    return prepare
+def _begin(recipe: Recipe, given: Given) -> list[Any]:
+    """The values before anything is decoded: those that the caller gives."""
+    values: list[Any] = [None] * recipe.size
+    if given:
+        for name, i in recipe.given.items():
+            values[i] = given[name]
+    return values
 
 
 def _stepwise(recipe: Recipe) -> Callable[..., Awaitable[Any]]:
     """With dependencies, none of which has to be closed."""
-    prepare = _preparation(recipe)
+    size, read, read_waits = recipe.size, recipe.read, recipe.read_waits
     steps = [(i, step.arguments, step.run, step.waits) for i, step, _ in recipe.steps]
     arguments, function, waits = recipe.callee.arguments, recipe.callee.run, recipe.callee.waits
 
     async def call(message: Message[Any], given: Given = None) -> Any:
-        values = await prepare(message, given)
+        values = _begin(recipe, given) if given else [None] * size
+        if read is not None:
+            value = read(message)
+            values[0] = await value if read_waits else value
         for i, arguments_of, dependency, pending in steps:
             args, kwargs = arguments_of(message, values)
             value = dependency(*args, **kwargs)
@@ -288,11 +281,14 @@ def _stepwise(recipe: Recipe) -> Callable[..., Awaitable[Any]]:
 
 def _managed(recipe: Recipe) -> Callable[..., Awaitable[Any]]:
     """With dependencies that yield: closed when the handler returned, or after settlement."""
-    prepare = _preparation(recipe)
+    size, read, read_waits = recipe.size, recipe.read, recipe.read_waits
     arguments, function, waits = recipe.callee.arguments, recipe.callee.run, recipe.callee.waits
 
     async def call(message: Message[Any], given: Given = None) -> Any:
-        values = await prepare(message, given)
+        values = _begin(recipe, given) if given else [None] * size
+        if read is not None:
+            value = read(message)
+            values[0] = await value if read_waits else value
         closers: list[Any] = []
         kept: list[Any] = []
         try:

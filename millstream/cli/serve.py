@@ -66,7 +66,7 @@ async def serve(
         else:
             log.info("%s on %s", target.title, url)
 
-    server = _Server(config, up)
+    server = _Server(config, brokers, up)
     try:
         await server.serve(sockets=[sock])
     except SystemExit as ended:  # uvicorn's way to say that the start failed
@@ -98,11 +98,14 @@ def _settings(target: Target, options: RunOptions) -> dict[str, Any]:
 
 
 class _Server(uvicorn.Server):
-    """Stops on the first signal and gives up on the second, whichever they are."""
+    """Stops on the first signal, hurries on the second and gives up on the third, whichever
+    they are; uvicorn knows SIGINT only, and waits for the end of a start."""
 
-    def __init__(self, config: uvicorn.Config, up: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, brokers: Sequence[Broker], up: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._up = up
+        self._brokers, self._up = brokers, up
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
         #: Brokers that were lost for good.
@@ -113,12 +116,19 @@ class _Server(uvicorn.Server):
         if self.started:
             self._up()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves the lifespan open then; messages are handed back
+            await self.lifespan.shutdown()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # uvicorn would wait for the end of a start, and raise the signal again at the end.
-        if self.should_exit or not self.started:
-            self.force_exit = True
+        if self.force_exit or not self.started:
             assert self._task is not None
             self._loop.call_soon_threadsafe(self._task.cancel)
+        elif self.should_exit:
+            self.force_exit = True
+            for broker in self._brokers:
+                self._loop.call_soon_threadsafe(broker.hurry)
         self.should_exit = True
 
 

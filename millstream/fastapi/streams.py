@@ -242,9 +242,14 @@ async def _plainly(step: Awaitable[Any]) -> None:
         raise error.with_traceback(None) from None
 
 
+#: Who handles SIGTERM by an orderly end of the server.
+_SERVERS = {"uvicorn", "gunicorn", "hypercorn", "granian", "asyncio", "uvloop", "millstream"}
+
+
 def _end_server(broker: Broker) -> None:
     """End the server in its own orderly way; where there is none, the broker."""
-    if callable(signal.getsignal(signal.SIGTERM)):
+    handler = signal.getsignal(signal.SIGTERM)
+    if (getattr(handler, "__module__", None) or "").partition(".")[0] in _SERVERS:
         os.kill(os.getpid(), signal.SIGTERM)
     else:
         broker.spawn(broker.stop())

@@ -342,8 +342,9 @@ def test_a_second_signal_means_now(run: Run, nats: Any, subject: str, tmp_path: 
         process.expect("Shutting down" if "asgi" in target else "shop  stopping")
         begun = time.monotonic()
         process.send(signal.SIGINT)
-        process.wait(8)
+        assert process.wait(8) == 0
         assert time.monotonic() - begun < 6, process.output
+        process.expect("finished 0")
 
 
 SLOW = """

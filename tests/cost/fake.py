@@ -49,6 +49,10 @@ class FakeMessage(Message[Raw]):
     def destination(self) -> str:
         return self.raw.subject
 
+    @property
+    def redelivered(self) -> bool:
+        return False
+
 
 class FakeOptions(SubscriptionSpec, frozen=True, kw_only=True):
     def prefixed(self, prefix: str) -> FakeOptions:

@@ -232,18 +232,35 @@ def test_a_broker_that_is_not_there(name: str, serve: Serve, tmp_path: Path) -> 
     assert "secret" not in process.output
 
 
-def test_a_handler_that_ends_the_application(serve: Serve, nats: Any, tmp_path: Path) -> None:
-    text = MAIN.replace('    logger.info("order', '    raise SystemExit\n    logger.info("order')
+@pytest.mark.parametrize("name", ["uvicorn", "millstream run"])
+def test_a_handler_that_ends_the_application(
+    name: str, serve: Serve, nats: Any, tmp_path: Path
+) -> None:
+    text = MAIN.replace("import Logger", "import Logger, StopApplication")
     text = text.replace(
-        "raise SystemExit", "from millstream import StopApplication; raise StopApplication"
+        '    logger.info("order', '    raise StopApplication\n    logger.info("order'
     )
     write(tmp_path, text, url=nats.url, name=unique())
     port = free_port()
-    process = serve("uvicorn", "main:app", "--port", str(port))
+    program, arguments = SERVERS[name]
+    process = serve(program, *arguments.format(port=port).split())
     process.until(lambda: listening(port))
     post(port, "/orders/eu", {"id": 1, "amount": 1})
     assert process.wait() in (0, -signal.SIGTERM)
     process.expect(r"Application shutdown complete")
+
+
+def test_dev_offers_messages_in_docs(serve: Serve, nats: Any, tmp_path: Path) -> None:
+    write(tmp_path, MAIN, url=nats.url, name="dev")
+    port = free_port()
+    process = serve("millstream dev", "main:app", "--port", str(port))
+    process.until(lambda: listening(port))
+    document = json.loads(process.get(f"http://127.0.0.1:{port}/openapi.json"))
+    operation = document["paths"]["/messages/dev.orders.{region}"]["post"]
+    assert operation["tags"] == ["messages"]
+    answer = post(port, "/messages/dev.orders.eu?reply=true", {"id": 5, "amount": 10})
+    assert answer == {"published": "dev.orders.eu", "reply": {"order": 5, "total": 12.0}}
+    process.stop()
 
 
 def test_a_worker_that_is_killed_comes_back(serve: Serve, nats: Any, tmp_path: Path) -> None:

@@ -95,7 +95,10 @@ async def test_all_kinds_of_bodies(nats: Any) -> None:
         return body.upper()
 
     @broker.subscriber(
-        f"{name}.batch", stream=JStream(name), durable="d", pull_sub=PullSub(5, batch=True)
+        f"{name}.batch",
+        stream=JStream(name),
+        durable="d",
+        pull_sub=PullSub(5, timeout=0.1, batch=True),
     )
     async def batch(orders: list[Order]) -> None:
         got.extend(orders)

@@ -210,7 +210,8 @@ async def test_each_message_of_a_batch_has_its_own_outcome() -> None:
     @broker.subscriber("in", durable="d", batch=Batch(3, wait=5), retry=Retry(attempts=2, delay=1))
     async def handler(values: list[int], batch: BatchMessage) -> None:
         got.append(values)
-        await batch.ack(0)
+        if len(values) > 1:
+            await batch.ack(0)
         raise BatchFailed({i: ValueError(str(v)) for i, v in enumerate(values) if v == 2})
 
     @broker.subscriber("in.dlq")
