@@ -23,7 +23,7 @@ help:
 	@echo "make test         lint, types and the whole suite"
 	@echo "make lint         ruff, mypy, pyright"
 	@echo "make docs-check   run every snippet of the documentation"
-	@echo "make bench        compare with raw nats-py and FastStream"
+	@echo "make bench        compare with raw nats-py and FastStream (WRITE=1: into docs/benchmarks.md)"
 	@echo "make clean        remove environments and caches"
 
 python:
@@ -76,7 +76,7 @@ docs-check: $(VENV)/ready
 bench: $(VENV)/ready
 	@test -x .venv-bench/bin/python || $(MAIN) -m venv .venv-bench
 	@.venv-bench/bin/python $(PIP_INSTALL) -e ".[nats,fastapi,dev]" "faststream[nats]"
-	.venv-bench/bin/python benchmarks/bench.py
+	.venv-bench/bin/python benchmarks/bench.py $(if $(WRITE),--write docs/benchmarks.md)
 
 clean:
 	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* .millstream

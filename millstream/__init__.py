@@ -7,6 +7,7 @@ FastAPI application.
 from __future__ import annotations
 
 import sys as _sys
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from .ack import AckPolicy, Settlement
 from .app import FastStream, Millstream
@@ -36,6 +37,9 @@ from .plan import apply_types
 from .publisher import Publisher, Response
 from .retry import DeadLetter, Exponential, Retry
 from .subscriber import Handler, Subscriber
+
+if _TYPE_CHECKING:
+    from .testing import TestApp
 
 __version__ = "0.1.0"
 

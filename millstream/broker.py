@@ -368,7 +368,7 @@ class Broker(Endpoints):
 
     def specs(self) -> list[Spec]:
         """All declarations with their prefixes, as the driver declares them."""
-        return [s.spec for s in self.subscriptions] + [p.spec for p in self.publications]
+        return [*(s.spec for s in self.subscriptions), *(p.spec for p in self.publications)]
 
     # Life
 

@@ -251,12 +251,14 @@ def as_decode_error(error: Exception, what: str) -> DecodeError:
     """A decoder's exception with its path, expected and got; ``what`` names the value."""
     if isinstance(error, DecodeError):
         return error
-    if hasattr(error, "errors") and callable(error.errors):  # pydantic's ValidationError
-        first = error.errors(include_url=False, include_context=False)[0]
+    errors: Any = getattr(error, "errors", None)
+    if callable(errors):  # pydantic's ValidationError
+        found: Any = errors(include_url=False, include_context=False)
+        first = found[0]
         path = "$" + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"])
         text = f"{what}: {first['msg']} at {path}"
-        if len(error.errors()) > 1:
-            text += f" (and {len(error.errors()) - 1} more)"
+        if len(found) > 1:
+            text += f" (and {len(found) - 1} more)"
         return DecodeError(
             text, path=path, expected=str(first["type"]), got=repr(first["input"])[:200]
         )

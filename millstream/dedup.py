@@ -35,6 +35,7 @@ class DedupStore(Protocol):
 
     async def claim(self, key: str, lease: float) -> Claim:
         """Take a key for ``lease`` seconds, unless it is done or somebody else has it."""
+        ...
 
     async def done(self, key: str, ttl: float) -> None:
         """Remember for ``ttl`` seconds that the key was handled."""

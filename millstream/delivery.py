@@ -271,8 +271,9 @@ def _both(call: Call, respond: Respond | None) -> Call:
 
 def _timed(call: Call, seconds: float) -> Call:
     async def timed(message: Message[Any]) -> Any:
+        limit = asyncio.timeout(seconds)
         try:
-            async with asyncio.timeout(seconds) as limit:
+            async with limit:
                 return await call(message)
         except TimeoutError:
             if limit.expired():

@@ -39,8 +39,9 @@ def log_error(logger: LoggerLike, text: str, error: BaseException) -> None:
         traceback = traceback.tb_next
     if traceback is not None:
         error = error.with_traceback(traceback)
-    if hasattr(logger, "opt"):  # loguru
-        logger.opt(exception=error).error("{}", text)
+    opt: Any = getattr(logger, "opt", None)
+    if opt is not None:  # loguru
+        opt(exception=error).error("{}", text)
     else:
         logger.error("%s", text, exc_info=error)
 

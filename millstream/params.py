@@ -39,7 +39,8 @@ class Marker:
         cls._adapted = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        marker = super().__new__(cls._adapted or cls)
+        kind: Any = cls._adapted or cls
+        marker = super().__new__(kind)
         cls._made.add(marker)
         return marker
 

@@ -381,18 +381,16 @@ def _is_message(annotation: Any) -> bool:
 
 def _guarded(get: Getter, default: Any, convert: Callable[[Any], Any] | None) -> Getter:
     """A getter with a default and a conversion, each only if asked for."""
-    if default is not MISSING:
-        inner = get
 
-        def get(message: Any, values: list[Any]) -> Any:
-            try:
-                return inner(message, values)
-            except ContextError:
-                return default
+    def or_default(message: Any, values: list[Any]) -> Any:
+        try:
+            return get(message, values)
+        except ContextError:
+            return default
 
+    plain = get if default is MISSING else or_default
     if convert is None:
-        return get
-    plain = get
+        return plain
     change = convert
 
     def converted(message: Any, values: list[Any]) -> Any:

@@ -37,9 +37,9 @@ class Reader(Subscription):
     async def start(self) -> None:
         """Subscribe."""
         self.state = SubscriptionState.STARTING
-        await self._subscribe(self._keep)
+        await self._subscribe(self._hold)
 
-    async def _keep(self, raw: Any) -> None:
+    async def _hold(self, raw: Any) -> None:
         while self._waiting and self.open:
             self._taken.clear()
             await self._taken.wait()

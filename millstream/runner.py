@@ -129,7 +129,7 @@ class Cell:
     async def open(self, stack: AsyncExitStack) -> None:
         callee = self.callee
         args, kwargs = callee.arguments(None, [])
-        made = callee.run(*args, **kwargs)
+        made: Any = callee.run(*args, **kwargs)
         if callee.waits:
             made = await made
         elif callee.kind == "async generator":
@@ -264,7 +264,7 @@ def _stepwise(recipe: Recipe) -> Callable[..., Awaitable[Any]]:
     arguments, function, waits = recipe.callee.arguments, recipe.callee.run, recipe.callee.waits
 
     async def call(message: Message[Any], given: Given = None) -> Any:
-        values = _begin(recipe, given) if given else [None] * size
+        values: list[Any] = _begin(recipe, given) if given else [None] * size
         if read is not None:
             value = read(message)
             values[0] = await value if read_waits else value
@@ -285,7 +285,7 @@ def _managed(recipe: Recipe) -> Callable[..., Awaitable[Any]]:
     arguments, function, waits = recipe.callee.arguments, recipe.callee.run, recipe.callee.waits
 
     async def call(message: Message[Any], given: Given = None) -> Any:
-        values = _begin(recipe, given) if given else [None] * size
+        values: list[Any] = _begin(recipe, given) if given else [None] * size
         if read is not None:
             value = read(message)
             values[0] = await value if read_waits else value
@@ -294,7 +294,7 @@ def _managed(recipe: Recipe) -> Callable[..., Awaitable[Any]]:
         try:
             for i, step, scope in recipe.steps:
                 args, kwargs = step.arguments(message, values)
-                made = step.run(*args, **kwargs)
+                made: Any = step.run(*args, **kwargs)
                 if step.waits:
                     made = await made
                 elif step.kind != "value":

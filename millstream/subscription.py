@@ -331,6 +331,8 @@ class Subscription:
                 timer = self.broker.clock.call_later(
                     max(deadline - self.broker.clock.now(), 0.0), self.hurry
                 )
+                if self._now:  # hurried before the drain began
+                    self.hurry()
                 try:
                     await self._stop_intake()
                 finally:

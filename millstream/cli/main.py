@@ -29,7 +29,8 @@ TargetArg = Annotated[
     str, typer.Argument(metavar="TARGET", help="[bold]module:name[/] of the application.")
 ]
 AppDir = Annotated[
-    str, typer.Option(envvar="MILLSTREAM_APP_DIR", help="Where modules are looked for.")
+    str,
+    typer.Option(envvar="MILLSTREAM_APP_DIR", metavar="DIR", help="Where modules are looked for."),
 ]
 Factory = Annotated[
     bool,
@@ -40,7 +41,10 @@ Factory = Annotated[
 Host = Annotated[
     str | None,
     typer.Option(
-        envvar="MILLSTREAM_HOST", rich_help_panel=_SERVER, help="Address; 127.0.0.1 by default."
+        envvar="MILLSTREAM_HOST",
+        metavar="ADDRESS",
+        rich_help_panel=_SERVER,
+        help="Address; 127.0.0.1 by default.",
     ),
 ]
 Port = Annotated[
@@ -51,13 +55,19 @@ Port = Annotated[
         min=0,
         max=65535,
         envvar="MILLSTREAM_PORT",
+        metavar="PORT",
         rich_help_panel=_SERVER,
         help="Port; 8000 by default, 0 picks a free one.",
     ),
 ]
 Uds = Annotated[
     str | None,
-    typer.Option(envvar="MILLSTREAM_UDS", rich_help_panel=_SERVER, help="Path of a Unix socket."),
+    typer.Option(
+        envvar="MILLSTREAM_UDS",
+        metavar="PATH",
+        rich_help_panel=_SERVER,
+        help="Path of a Unix socket.",
+    ),
 ]
 Loop = Annotated[
     str,
@@ -73,6 +83,7 @@ LogLevel = Annotated[
         "--log-level",
         "-l",
         envvar="MILLSTREAM_LOG_LEVEL",
+        metavar="LEVEL",
         rich_help_panel=_LOGS,
         help="debug, info, warning, error or critical; info by default.",
     ),
@@ -144,7 +155,10 @@ def run(
     context: typer.Context,
     target: TargetArg,
     workers: Annotated[
-        int, typer.Option("--workers", "-w", min=1, envvar="MILLSTREAM_WORKERS", help="Processes.")
+        int,
+        typer.Option(
+            "--workers", "-w", min=1, envvar="MILLSTREAM_WORKERS", metavar="N", help="Processes."
+        ),
     ] = 1,
     reload: Annotated[
         bool,

@@ -81,12 +81,11 @@ class StreamRouter(APIRouter):
         self._inner: Any = None
         self._host: StreamRouter | None = None
         self._broker: Broker | None = None
-        self._arguments, self._options = arguments, options
         #: What is declared here; part of the broker, whichever that will be.
         self.declared = self.router_class()
         super().__init__(**{"route_class": _StreamRoute, **http})
-        if broker is not None:
-            self._own(broker)
+        if broker is not None or arguments or options:
+            self._own(broker or self.broker_class(*arguments, **options))
 
     def _own(self, broker: Broker) -> Broker:
         self._broker = broker
@@ -95,10 +94,11 @@ class StreamRouter(APIRouter):
 
     @property
     def broker(self) -> Any:
-        """The broker, made on first use."""
+        """The broker; one without arguments is made on first use."""
         if self._host is not None:
             return self._host.broker
-        return self._broker or self._own(self.broker_class(*self._arguments, **self._options))
+        kind: Any = self.broker_class
+        return self._broker or self._own(kind())
 
     @property
     def lifespan_context(self) -> Any:
@@ -136,8 +136,8 @@ class StreamRouter(APIRouter):
         super().include_router(router, *args, **kwargs)
 
     def _homeless(self, host: StreamRouter) -> bool:
-        given = self._arguments or self._options or self._broker or self._host
-        return not given and self.broker_class is host.broker_class
+        alone = self._broker is None and self._host is None
+        return alone and self.broker_class is host.broker_class
 
     def add_api_route(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
         """As ``APIRouter.add_api_route``; the endpoint may ask for what handlers may."""

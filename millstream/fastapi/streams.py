@@ -148,52 +148,60 @@ class Streams:
             app.state.broker = broker
 
     @asynccontextmanager
-    async def lifespan(self, inner: Callable[[Any], Any]) -> AsyncIterator[Any]:
+    async def lifespan(
+        self, inner: Callable[[Any], Any], parts: Sequence[Part]
+    ) -> AsyncIterator[Any]:
         """Connect, run the inner lifespan, and take messages while it is up.
+
+        The outermost one is for all brokers; one inside of it only for what that one missed.
 
         Raises:
             ConnectError: a broker was not reached.
             SetupError: a declaration is wrong.
         """
-        if self.running:  # a lifespan around this one has taken charge
-            async with inner(self.app) as state:
-                yield state
-            return
-        self.running = True
-        join_server()
+        outermost, self.running = not self.running, True
+        parts = list(self.parts if outermost else parts)
+        theirs = {State.RUNNING} if outermost else {State.CONNECTED, State.STARTING, State.RUNNING}
+        brokers = dict.fromkeys(part.broker for part in parts)
+        owned = [broker for broker in brokers if broker.state not in theirs]
         try:
             async with AsyncExitStack() as stack:
-                self.add(self.parts)
-                owned = [broker for broker in self.brokers if broker.state is not State.RUNNING]
+                if outermost:
+                    join_server()
                 for broker in owned:
                     stack.push_async_callback(broker.stop)
                     if broker.on_stop_application is None:
                         broker.on_stop_application = functools.partial(_end_server, broker)
                     await _plainly(broker.connect())
                 async with inner(self.app) as state:
-                    await self._start(owned, state)
+                    if not outermost and not owned:
+                        yield state
+                        return
+                    await self._start(parts, owned, state)
                     try:
                         yield self.state or None
                     finally:
-                        await self._drain(owned)
+                        await self._drain(parts, owned)
         finally:
-            self.running = False
+            self.running = not outermost
 
-    async def _start(self, owned: Sequence[Broker], state: Mapping[str, Any] | None) -> None:
-        first = next((part.broker for part in self.parts if part.setup_state), None)
+    async def _start(
+        self, parts: Sequence[Part], owned: Sequence[Broker], state: Mapping[str, Any] | None
+    ) -> None:
+        first = next((part.broker for part in parts if part.setup_state), None)
         self.state = {**({"broker": first} if first is not None else {}), **(state or {})}
         check_endpoints(self.app)
         for broker in owned:
             await _plainly(broker.start())
         self._operations.update()
         self._warn_of_mounted(getattr(self.app, "routes", ()))
-        for part in self.parts:
+        for part in parts:
             for hook in part.after_startup:
                 more = await called(hook, self.app)
                 self.state.update(more if isinstance(more, Mapping) else {})
 
-    async def _drain(self, owned: Sequence[Broker]) -> None:
-        for part in self.parts:
+    async def _drain(self, parts: Sequence[Part], owned: Sequence[Broker]) -> None:
+        for part in parts:
             for hook in part.on_shutdown:
                 await called(hook, self.app)
         for broker in owned:
@@ -272,7 +280,7 @@ class Lifespan:
         """The context manager for one run of the application."""
         streams = Streams.of(app)
         streams.add(self.parts)
-        return streams.lifespan(self.inner)
+        return streams.lifespan(self.inner, self.parts)
 
 
 def attach(app: Any, *brokers: Broker, **options: Unpack[PartOptions]) -> Streams:
@@ -326,7 +334,15 @@ def _include_router(self: APIRouter, router: APIRouter, *args: Any, **kwargs: An
         self.lifespan_context = Lifespan.around(self.lifespan_context, parts)
         app = self.dependency_overrides_provider  # of an application's own router: the application
         if hasattr(app, "state"):
-            Streams.of(app).add(parts)
+            streams = Streams.of(app)
+            streams.add(parts)
+            for broker in streams.brokers if streams.running else ():
+                if broker.state is State.NEW:
+                    _log.warning(
+                        "%s was included while the application runs, and is not started: "
+                        "`await router.broker.start()`, and stop() it yourself",
+                        broker.driver.describe(),
+                    )
 
 
 APIRouter.include_router = _include_router  # type: ignore[method-assign]

@@ -1,7 +1,6 @@
 """NATS and JetStream."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: it would hide the submodule of that name.
 from typing import TYPE_CHECKING
 
 try:

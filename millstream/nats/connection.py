@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import random
 import re
 import ssl
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +20,10 @@ from .security import NatsSecurity, guarded
 
 #: Options of nats-py that name a secret or a way to get one, in place of ``security=``.
 _SECRETS = ("user", "password", "token", "signature_cb", "user_jwt_cb")
+
+
+class NoJetStream(SetupError):
+    """The server, or the account, has no JetStream; at a restart also: not yet."""
 
 
 def addresses(servers: str | Sequence[str]) -> list[str]:
@@ -72,7 +79,17 @@ class Backoff:
 
 
 def client_options(security: NatsSecurity | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of nats-py's ``connect``."""
+    """The arguments of nats-py's ``connect``.
+
+    Raises:
+        SetupError: there is no such option.
+    """
+    unknown = sorted(options.keys() - inspect.signature(Client.connect).parameters.keys())
+    if unknown:
+        raise SetupError(
+            f"a NATS broker has no option {', '.join(map(repr, unknown))}",
+            fix="see millstream.nats.broker.NatsConnect for those there are",
+        )
     chosen = {key: value for key, value in options.items() if value is not None}
     for key in _SECRETS:
         if key in chosen:
@@ -115,21 +132,29 @@ async def connect(urls: Sequence[str], options: dict[str, Any], **callbacks: Any
     try:
         await client.connect(list(urls), error_cb=error_cb, **{**options, **callbacks, **limits})
     except _Enough:
-        await _discard(client)
+        await discard(client)
         raise _explain(urls, failures) from failures[-1]
     except ImportError as error:
-        await _discard(client)
+        await discard(client)
         raise MissingExtra(
             error.name or str(error), "nats", purpose="this kind of login"
         ) from error
     except (NatsError, OSError, ValueError) as error:
-        await _discard(client)
+        await discard(client)
         raise _explain(urls, [error]) from error
     except BaseException as error:
-        await _discard(client)
+        await discard(client)
         if type(error).__module__.startswith("nkeys"):
             raise _explain(urls, [error]) from None
         raise
+    wants_tls = "tls" in options or any(url.startswith("tls:") for url in urls)
+    if wants_tls and not client._server_info.get("tls_required"):
+        # nats-py goes on in the clear, and its public interface does not tell.
+        await discard(client)
+        where = ", ".join(without_secrets(url) for url in urls)
+        raise ConnectError(
+            f"{where}: TLS is asked for, and the server offers no TLS", permanent=True
+        )
     # From here on nats-py keeps the connection by itself.
     client.options["max_reconnect_attempts"] = options["max_reconnect_attempts"]
     client.options["allow_reconnect"] = options.get("allow_reconnect", True)
@@ -137,11 +162,18 @@ async def connect(urls: Sequence[str], options: dict[str, Any], **callbacks: Any
     return client
 
 
-async def _discard(client: Client) -> None:
-    try:
-        await client.close()
-    except Exception:  # it never was connected; whatever it says does not matter
-        return
+async def discard(client: Client, patience: float = 0.5) -> None:
+    """Close a client, whatever its state; what it has to say about that does not matter."""
+    closing = asyncio.ensure_future(client.close())
+    await asyncio.wait({closing}, timeout=patience)
+    if not closing.done():
+        # nats-py waits without end for a server that takes nothing any more, or whose TLS failed.
+        with suppress(AttributeError):
+            client._transport._io_writer.transport.abort()  # type: ignore[union-attr]
+        closing.cancel()
+        await asyncio.wait({closing})
+    if not closing.cancelled():
+        closing.exception()
 
 
 def _explain(urls: Sequence[str], failures: Sequence[BaseException]) -> ConnectError:

@@ -38,7 +38,16 @@ from ..errors import (
     SetupError,
 )
 from ..message import Message
-from .connection import Backoff, addresses, client_options, connect, reason_of, without_secrets
+from .connection import (
+    Backoff,
+    NoJetStream,
+    addresses,
+    client_options,
+    connect,
+    discard,
+    reason_of,
+    without_secrets,
+)
 from .flow import CoreFlow, Flow, log
 from .jetstream import PullFlow, PushFlow, StreamFlow
 from .message import NatsMessage
@@ -102,7 +111,6 @@ class NatsDriver:
         self._pending_size = options.get("pending_size") or PENDING
         options.setdefault("flush_timeout", publish_timeout)
         self._options = client_options(security, options)
-        self._tls = security is not None and security.use_ssl
         self._js_options = js_options or {}
         self.prefix = self._js_options.get("prefix", "$JS.API")
         if domain := self._js_options.get("domain"):
@@ -187,24 +195,12 @@ class NatsDriver:
                 for spec, name in self._ephemeral.values():
                     await self.forget(spec.stream_name or "", name)
                 await self.flush(LAST)
-            await self._disconnect(client)
+            await discard(client, LAST)
         self._client = self._replies = self._js = None
         self._ephemeral.clear()
         self._up.clear()
         for task in list(self._tasks):
             task.cancel()
-
-    async def _disconnect(self, client: Client) -> None:
-        closing = asyncio.ensure_future(client.close())
-        await asyncio.wait({closing}, timeout=LAST)
-        if not closing.done():
-            # The server takes nothing any more, and nats-py would wait for it for ever.
-            with suppress(AttributeError):
-                client._transport._io_writer.transport.abort()  # type: ignore[union-attr]
-            closing.cancel()
-            await asyncio.wait({closing})
-        elif closing.exception() is not None:
-            log.debug("closing the connection: %s", closing.exception())
 
     async def ping(self, timeout: float) -> bool:
         return self.connected and await self.flush(timeout)
@@ -234,7 +230,7 @@ class NatsDriver:
         subject = reason.split(marker, 1)[1].split('"')[1]
         for intake in list(self.intakes):
             if isinstance(intake, CoreFlow) and intake.spec.pattern.lower() == subject:
-                intake.lost(SetupError(reason, fix="grant the user the right to subscribe to it"))
+                intake.deny(SetupError(reason, fix="grant the user the right to subscribe to it"))
 
     async def _on_disconnected(self) -> None:
         if self._opening:
@@ -316,17 +312,20 @@ class NatsDriver:
     ) -> Intake:
         assert isinstance(spec, NatsSubscription)
         kind = CoreFlow if spec.stream_name is None else PushFlow if spec.push else PullFlow
-        flow = kind(self, spec, sink, lost)
+        flow: CoreFlow | StreamFlow = kind(self, spec, sink, lost)
+        self.intakes.add(flow)
         try:
             if isinstance(flow, StreamFlow):
                 await flow.start()
             else:
                 await flow.attach()
-                await self.flush(API_TIMEOUT)  # the server knows it once this returns
+                await self.flush(API_TIMEOUT)  # the server knows it, or refused it, by now
+                if flow.denied is not None:
+                    raise flow.denied
+                flow.live = True
         except BaseException:
             await flow.close()
             raise
-        self.intakes.add(flow)
         return flow
 
     def inbox(self, prefix: str | bytes) -> str:
@@ -402,7 +401,7 @@ class NatsDriver:
         try:
             await client.publish(command.subject, data, command.reply_to, wire)
         except NatsError as error:
-            raise self._refused(command.subject, error) from error
+            raise self.refused(command.subject, error) from error
         return None
 
     def _check_size(
@@ -467,7 +466,7 @@ class NatsDriver:
         try:
             await self.client.publish(subject, data, reply)
         except NatsError as error:
-            raise self._refused(subject, error) from error
+            raise self.refused(subject, error) from error
 
     async def ask(self, subject: str, data: bytes, timeout: float | None = None) -> Msg:
         """Publish and wait for the answer, up to ``publish_timeout`` by default."""
@@ -482,9 +481,10 @@ class NatsDriver:
         try:
             return await self._replies.ask(subject, data, headers, timeout)
         except NatsError as error:
-            raise self._refused(subject, error) from error
+            raise self.refused(subject, error) from error
 
-    def _refused(self, subject: str, error: NatsError) -> Exception:
+    def refused(self, subject: str, error: NatsError) -> Exception:
+        """What an error of nats-py's ``publish`` is called here."""
         if isinstance(error, MaxPayloadError):
             return MessageTooLarge(f"too large for the server: {subject!r}")
         if isinstance(error, BadSubjectError):
@@ -502,16 +502,16 @@ class NatsDriver:
 
         Raises:
             APIError: the server refuses; a subclass of nats-py's tells what.
-            SetupError: the server runs without JetStream.
+            NoJetStream: the server runs without JetStream.
         """
         data = msgspec.json.encode(request) if request is not None else b""
         await self._ready(self._api_timeout)
         try:
             reply = await self._ask(f"{self.prefix}.{path}", data, None, self._api_timeout)
         except NoResponders:
-            raise PublishError(
-                f"{self.describe()} has no JetStream: start the server with -js, or enable it for "
-                "the account"
+            raise NoJetStream(
+                f"{self.describe()} has no JetStream",
+                fix="start nats-server with -js, or enable JetStream for the account",
             ) from None
         answer: dict[str, Any] = msgspec.json.decode(reply.data)
         if "error" in answer:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("millstream.nats")
 
 #: Messages given to the sink in one go before other tasks get a turn.
-TURN = 64
+TURN = 128
 #: Seconds that the server may take to confirm that it sends no more.
 LEAVE = 2.0
 
@@ -58,6 +58,10 @@ class Flow:
     ) -> None:
         self.driver, self.spec, self.sink, self.lost = driver, spec, sink, lost
         self.waiting: deque[Any] = deque()
+        #: Messages that the sink took.
+        self.given = 0
+        #: Messages asked for that have not come yet, and when to ask for more: from so few on.
+        self.pending, self.low = 0, -1
         self.paused = False
         self._idle: asyncio.Future[None] | None = None
         self._sub: ClientSubscription | None = None
@@ -81,25 +85,29 @@ class Flow:
             idle.set_result(None)
 
     async def _work(self) -> None:
-        waiting, given = self.waiting, 0
-        while not self._ended():
+        waiting = self.waiting
+        while not (self.paused and self._ended()):
             if not waiting:
                 self._idle = asyncio.get_running_loop().create_future()
                 await self._idle
                 continue
+            raw = waiting.popleft()
+            if self.pending + len(waiting) <= self.low:
+                await self.refill()
             try:
-                await self.give(waiting.popleft())
+                await self.sink(raw)
             except Exception:
                 log.exception("the sink of %r failed", self.spec.destination)
-            given += 1
-            if given % TURN == 0:
+            self.given += 1
+            if self.given % TURN == 0:
                 await asyncio.sleep(0)
 
-    def _ended(self) -> bool:
-        return self.paused
+    async def refill(self) -> None:
+        """Ask for more; only for subscriptions that ask."""
 
-    async def give(self, raw: Any) -> None:
-        await self.sink(raw)
+    def _ended(self) -> bool:
+        """Whether a paused subscription gives its sink nothing more."""
+        return True
 
     async def pause(self) -> int:
         raise NotImplementedError
@@ -147,9 +155,13 @@ class CoreFlow(Flow):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         spec = self.spec
+        self._given_sink, self.sink = self.sink, self._counted
         self._most = spec.pending_msgs_limit or DEFAULT_SUB_PENDING_MSGS_LIMIT
         self._most_bytes = spec.pending_bytes_limit or DEFAULT_SUB_PENDING_BYTES_LIMIT
         self._bytes = 0
+        #: Why the server does not permit the subscription.
+        self.denied: Exception | None = None
+        self.live = False
         self._dropped = 0
 
     async def attach(self) -> None:
@@ -159,6 +171,12 @@ class CoreFlow(Flow):
         )
         if spec.max_msgs:
             await self._sub.unsubscribe(limit=spec.max_msgs)
+
+    def deny(self, error: Exception) -> None:
+        """The server refuses: an error of ``subscribe``, or the end of one that ran."""
+        self.denied = error
+        if self.live:
+            self.lost(error)
 
     def _arrived(self, msg: Msg) -> None:
         size = len(msg.data)
@@ -170,15 +188,15 @@ class CoreFlow(Flow):
         self._bytes += size
         self.put(msg)
 
-    async def give(self, raw: Msg) -> None:
+    async def _counted(self, raw: Msg) -> None:
         self._bytes -= len(raw.data)
         if self._dropped and len(self.waiting) < self._most // 2:
             self.driver.report(f"{self.spec.destination!r} caught up; dropped {self._dropped}")
             self._dropped = 0
-        await self.sink(raw)
+        await self._given_sink(raw)
 
     def _ended(self) -> bool:
-        return self.paused and not self.waiting
+        return not self.waiting
 
     async def pause(self) -> int:
         await self._leave()

@@ -17,6 +17,7 @@ from nats.errors import Error as NatsError
 
 from ..ack import Settlement
 from ..errors import MillstreamError, SetupError
+from .connection import NoJetStream
 from .consumer import HEARTBEAT, Consumer
 from .flow import Flow, Tap, log
 from .message import ack_tokens
@@ -69,10 +70,13 @@ class StreamFlow(Flow):
             return
         reply = raw.reply
         if how is Settlement.ACK:
-            if options.get("sync"):
+            if options and options.get("sync"):
                 await self.driver.ask(reply, ACK, options.get("timeout"))
             else:
-                await self.driver.send(reply, ACK)
+                try:
+                    await self.driver.client.publish(reply, ACK)
+                except NatsError as error:
+                    raise self.driver.refused(reply, error) from error
         elif how is Settlement.NACK:
             self.returned.add(_sequence(reply))
             await self.driver.send(
@@ -146,9 +150,10 @@ class StreamFlow(Flow):
                 if made:
                     self._announce(reason, resume)
                 await self._continue(made)
-            except SetupError as error:
-                self._fail(error)
             except (MillstreamError, NatsError, TimeoutError) as error:
+                if isinstance(error, SetupError) and not isinstance(error, NoJetStream):
+                    self._fail(error)
+                    return
                 self._sick = True
                 log.debug("stream %s: %s", self.consumer.stream, error)
 
@@ -175,7 +180,7 @@ class StreamFlow(Flow):
 
     def _ended(self) -> bool:
         # What cannot be handed back is still given to the sink.
-        return self.paused and (self.acknowledged or not self.waiting)
+        return self.acknowledged or not self.waiting
 
     async def pause(self) -> int:
         self._stop_tasks()
@@ -216,13 +221,12 @@ class PullFlow(StreamFlow):
         if spec.pending_msgs_limit:
             self.most = min(self.most, spec.pending_msgs_limit)
         self.target = min(self.least, self.most)
-        #: Messages asked for that have not come yet.
-        self.pending = 0
-        self._pulled = 0.0
-        #: Whether the sink took a message since then.
-        self._done = False
+        #: When more was asked for last, and what the sink had taken by then.
+        self._pulled, self._given = 0.0, 0
         # Without acknowledgements a gap shows in the consumer's own numbers.
         self._ordered = spec.watch is not None or spec.ordered_consumer
+        if spec.watch is not None:
+            self._given_sink, self.sink = self.sink, self._in_view
         self._expected = 1
 
     async def start(self) -> None:
@@ -241,11 +245,11 @@ class PullFlow(StreamFlow):
         if self.acknowledged and consumer.max_ack_pending:
             most = min(most, consumer.max_ack_pending)
         since = now - self._pulled
-        if since < FAST and self._done:
+        if since < FAST and self.given > self._given:
             self.target = min(self.target * 2, most)
         elif since > SLOW:
             self.target = max(self.target // 2, min(self.least, most))
-        self._done = False
+        self.low = self.target // 2
         wanted = self.target - self.pending - len(self.waiting)
         if consumer.max_batch:
             wanted = min(wanted, consumer.max_batch)
@@ -253,7 +257,7 @@ class PullFlow(StreamFlow):
             return
         if not self.pending:
             self.heard = now
-        self._pulled = now
+        self._pulled, self._given = now, self.given
         self.pending += wanted
         beat = min(HEARTBEAT, consumer.expires / 2)
         request = b'{"batch":%d,"expires":%d,"idle_heartbeat":%d}'
@@ -272,9 +276,12 @@ class PullFlow(StreamFlow):
         if self.pending:
             self.pending -= 1
         self._latest = msg
+        self._failures = 0
         if self.acknowledged:
             self.open[msg.reply] = None
-        self.put(msg)
+        self.waiting.append(msg)
+        if self._idle is not None:
+            self._wake()
 
     def _in_order(self, msg: Msg) -> bool:
         tokens = ack_tokens(msg.reply)
@@ -302,15 +309,10 @@ class PullFlow(StreamFlow):
         if not self._ordered:
             super()._announce(reason, resume)
 
-    async def give(self, raw: Any) -> None:
-        if self.pending + len(self.waiting) <= self.target // 2:
-            await self._refill()
-        if self._ordered:
-            raw = self._view(raw)
-            if raw is None:
-                return
-        await self.sink(raw)
-        self._done = True
+    async def _in_view(self, msg: Msg) -> None:
+        raw = self._view(msg)
+        if raw is not None:
+            await self._given_sink(raw)
 
     def _view(self, msg: Msg) -> Any:
         """What the watcher of a store gets to see; None for what it does not want."""
@@ -319,7 +321,7 @@ class PullFlow(StreamFlow):
             return entry_of(msg, spec.kv)
         return object_of(msg, spec.obj) if spec.obj is not None else msg
 
-    async def _refill(self) -> None:
+    async def refill(self) -> None:
         try:
             await self._pull()
         except MillstreamError as error:
@@ -336,7 +338,7 @@ class PullFlow(StreamFlow):
         self.pending = max(self.pending - int(left), 0) if left is not None else 0
         if code in ("404", "408") or (code == "409" and _is_over(text)):
             if not self.paused:
-                self.driver.spawn(self._refill())
+                self.driver.spawn(self.refill())
         elif code == "400":
             self._fail(
                 SetupError(f"the server refuses to deliver: {text}", fix="check the consumer")
@@ -349,10 +351,6 @@ class PullFlow(StreamFlow):
     def _silent(self) -> bool:
         # Busy with what waits, nothing is asked for and nothing comes.
         return self.pending > 0 and self.driver.clock.now() - self.heard > 2 * HEARTBEAT + 1
-
-    def put(self, raw: Any) -> None:
-        self._failures = 0
-        super().put(raw)
 
     async def _continue(self, made: bool) -> None:
         self.pending = 0
@@ -381,6 +379,7 @@ class PushFlow(StreamFlow):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self._given_sink, self.sink = self.sink, self._controlled
         self._count = 0
 
     async def start(self) -> None:
@@ -421,12 +420,12 @@ class PushFlow(StreamFlow):
             self.open[msg.reply] = None
         self.put(msg)
 
-    async def give(self, raw: Any) -> None:
+    async def _controlled(self, raw: Any) -> None:
         if isinstance(raw, _FlowControl):
             with suppress(MillstreamError):
                 await self.driver.send(raw.reply, b"")
         else:
-            await self.sink(raw)
+            await self._given_sink(raw)
 
     def _silent(self) -> bool:
         beat = self.consumer.heartbeat

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from nats.js.errors import APIError, NotFoundError
 
 from ..driver import Spec
-from ..errors import MillstreamError, SetupError
+from ..errors import SetupError
+from .connection import NoJetStream
 from .flow import log
 from .options import SYNTAX, JStream, NatsPublication, NatsSubscription, stream_name
 
@@ -157,7 +158,7 @@ class Streams:
                 await self._realise(self.wanted[name])
                 return
             if (error.code or 0) >= 500 and error.err_code != 10052:
-                raise
+                raise  # of the moment, not of the settings
             raise SetupError(
                 f"the server refuses to {action} stream {name!r}: {error.description}",
                 fix=await self._advice(name, config.get("subjects") or []),
@@ -204,15 +205,10 @@ class Streams:
             )
         try:
             return await self._keep(choices, spec.stream_name, wanted=name is not None)
-        except MillstreamError:
-            raise
-        except Exception as error:
-            if name is not None or spec.stream_name is not None:
-                raise SetupError(
-                    f"dead letters of {spec.destination!r} cannot be kept: {error}",
-                    fix="start nats-server with JetStream (-js), or set dead_letter=None",
-                ) from error
-            log.warning("nothing keeps what is sent to %r: %s", choices[0], error)
+        except NoJetStream as error:
+            if name is not None:
+                raise
+            log.warning("nothing keeps what is sent to %r: %s", choices[0], error.what)
             return choices[0]
 
     async def _keep(self, choices: Sequence[str], source: str | None, *, wanted: bool) -> str:

@@ -109,8 +109,9 @@ def test_an_application_that_configured_logging_keeps_its_format(
     source = (tmp_path / "main.py").read_text()
     setting = 'import logging\nlogging.basicConfig(level="INFO", format="THEIRS %(message)s")\n'
     write(tmp_path, main=setting + source)
-    process = run("run", "main:app")
+    process = run("run", "main:app", "--log-level", "debug")
     process.expect("^THEIRS Millstream runs")
+    process.expect("^THEIRS .*subscriptions run")  # a level that was asked for counts
     assert process.stop() == 0
     assert all(line.startswith("THEIRS ") for line in process.output.splitlines())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import fastapi
+import pytest
 from fastapi import APIRouter, FastAPI, Request
 
 from millstream import Context, Depends, Header, Logger, Path
@@ -59,12 +60,17 @@ async def test_text_annotations(nats: Any) -> None:
         assert await reply.decode() == ["b", subject, 7, True]
 
 
-async def test_a_handler_as_an_endpoint_of_the_application(nats: Any) -> None:
+@pytest.mark.parametrize("first", ["endpoint", "handler"])
+async def test_a_handler_as_an_endpoint_of_the_application(nats: Any, first: str) -> None:
+    if first == "handler" and tuple(map(int, fastapi.__version__.split(".")[:2])) < (0, 124):
+        pytest.skip("this FastAPI resolves annotations kept as text for plain functions only")
     subject = unique()
     broker = NatsBroker(nats.url)
-    declared = broker.subscriber(subject)(both)
     app = FastAPI()
-    app.get("/")(declared)
+    if first == "endpoint":
+        broker.subscriber(subject)(app.get("/")(both))
+    else:
+        app.get("/")(broker.subscriber(subject)(both))
     attach(app, broker)
     headers = {"count": "1", "x-user": "ann"}
     async with serving(app) as client:

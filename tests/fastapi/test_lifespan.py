@@ -90,6 +90,31 @@ async def test_a_lifespan_that_runs_the_routers_by_hand(nats: Any) -> None:
     assert answers == [b"now", b"still"]
 
 
+async def test_one_by_hand_inside_another(nats: Any) -> None:
+    subject = unique()
+    outer, router = NatsBroker(nats.url), NatsRouter(nats.url)
+    hooks: list[str] = []
+    router.after_startup(lambda app: hooks.append("up"))
+    router.on_broker_shutdown(lambda app: hooks.append("down"))
+
+    @router.subscriber(subject)
+    async def handler(body: str) -> str:
+        return body
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with router.lifespan_context(app):
+            assert (await outer.request("now", subject)).body == b"now"
+            yield
+
+    app = FastAPI(lifespan=lifespan)
+    attach(app, outer)
+    async with serving(app):
+        assert outer.state.value == router.broker.state.value == "running"
+    assert outer.state.value == router.broker.state.value == "stopped"
+    assert hooks == ["up", "down"]
+
+
 async def test_the_routers_own_lifespan_and_hooks(nats: Any) -> None:
     order: list[str] = []
 
@@ -198,6 +223,18 @@ async def test_a_mounted_application_next_to_a_started_one(
     outer.mount("/inner", inner)
     async with serving(outer):
         assert "nats://127.0.0.1:1 was never started (mounted at '/inner')" in caplog.text
+
+
+async def test_a_router_that_is_included_too_late(
+    nats: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    router, app = NatsRouter(nats.url), FastAPI()
+    app.include_router(NatsRouter(nats.url))
+    async with serving(app):
+        app.include_router(router)
+        assert "was included while the application runs, and is not started" in caplog.text
+        async with router.broker:
+            await router.broker.publish("x", unique())
 
 
 async def test_a_handler_that_stops_the_application(

@@ -284,6 +284,45 @@ def placed(port: int, number: int) -> bool:
         return False
 
 
+def test_markers_that_were_made_before_fastapi_was_imported() -> None:
+    code = """
+        import asyncio
+        from typing import Annotated
+        from millstream import Context, Depends, Logger
+
+        def number() -> int:
+            return 7
+
+        early, dependency = Context("early", default=1), Depends(number, scope="message")
+
+        import httpx
+        from fastapi import FastAPI
+        import millstream.fastapi
+
+        app = FastAPI()
+
+        @app.get("/")
+        async def page(
+            logger: Logger, a: Annotated[int, early], b: Annotated[int, dependency]
+        ) -> list[int]:
+            return [a, b]
+
+        async def main() -> None:
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                print((await client.get("/")).json())
+
+        asyncio.run(main())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "[1, 7]", done.stderr
+
+
 def test_the_imports_of_a_plain_service_do_not_load_fastapi() -> None:
     code = """
         import sys

@@ -7,10 +7,12 @@ import time
 
 import pytest
 
+from millstream.ack import Settlement
 from millstream.errors import ConnectError, NotConnected, PublishTimeout, SetupError
 from millstream.nats import JStream, KvWatch
 from millstream.nats.connection import Backoff, addresses, without_secrets
 from millstream.nats.driver import NatsDriver
+from millstream.nats.options import NatsPublish, NatsSubscription
 from tests.helpers import eventually, unique
 from tests.servers import NatsServer, free_port
 
@@ -89,8 +91,6 @@ async def test_what_was_not_settled_comes_again_from_a_new_consumer(own):
     for i in range(3):
         await own.publish("s", b"%d" % i, stream="S")
     await taken.count(2)
-    from millstream.ack import Settlement
-
     await taken.intake.settle(taken.raws[0], Settlement.ACK, None)
     await taken.intake.settle(taken.raws[1], Settlement.NACK, 60)
     await own.driver.js.delete_consumer("S", "d")
@@ -233,8 +233,6 @@ async def test_thrown_out_by_the_server_it_comes_back(tmp_path):
         async def sink(raw):
             taken.append(raw.data)
 
-        from millstream.nats.options import NatsPublish, NatsSubscription
-
         await driver.subscribe(NatsSubscription("a"), sink, lambda error: None)
         # nats-py closes for good on an error that it does not know.
         await driver.client._process_err("'user authentication expired'")
@@ -253,26 +251,27 @@ async def test_giving_up_if_that_is_asked_for(nats_server):
     nats_server.stop()
     await eventually(lambda: any(event == "closed" for event, _ in events))
     with pytest.raises(NotConnected):
-        from millstream.nats.options import NatsPublish
-
         await driver.publish(NatsPublish(subject="a", timeout=0.1), b"", None)
     await driver.close()
 
 
-async def test_a_subscription_without_permission_is_lost(tmp_path):
-    config = """authorization { users = [{user: u, password: p,
-        permissions: {subscribe: ["ok.>", "_INBOX.>"], publish: ">"}}] }"""
-    with NatsServer(config=config) as server:
-        driver = NatsDriver(server.url.replace("//", "//u:p@"))
+async def test_a_subscription_that_is_not_permitted(tmp_path):
+    config = """authorization {{ users = [{{user: u, password: p,
+        permissions: {{subscribe: [{}, "_INBOX.>"], publish: ">"}}}}] }}"""
+    with NatsServer(config=config.format('"Some.>"')) as server:
+        driver = NatsDriver(server.url.replace("//", "//u:p@"), reconnect_time_wait=0.2)
         await driver.connect()
         lost: list[Exception] = []
 
         async def sink(raw):
             return None
 
-        from millstream.nats.options import NatsSubscription
-
-        await driver.subscribe(NatsSubscription("Not.Ok"), sink, lost.append)
+        with pytest.raises(SetupError, match="permissions violation"):
+            await driver.subscribe(NatsSubscription("Other"), sink, lost.append)
+        await driver.subscribe(NatsSubscription("Some.Thing"), sink, lost.append)
+        assert not lost
+        server.config = config.format('"nothing"')
+        server.restart()
         await eventually(lambda: lost)
         assert "permissions violation" in str(lost[0])
         await driver.close()
