@@ -369,7 +369,7 @@ class AsgiApp:
             await send({"type": "lifespan.startup.failed", "message": text})
             raise  # servers know that from other frameworks, and `millstream run` wants it
         for broker in self.brokers:
-            broker.on_stop_application = _end_server
+            broker.on_stop_application = functools.partial(end_server, broker)
         await send({"type": "lifespan.startup.complete"})
         await receive()
         try:
@@ -381,9 +381,17 @@ class AsgiApp:
         await send({"type": "lifespan.shutdown.complete"})
 
 
-def _end_server() -> None:
-    """A handler raised ``StopApplication``, or a broker is lost: only signals end a server."""
-    signal.raise_signal(signal.SIGTERM)
+#: Who handles SIGTERM by an orderly end of the server.
+_SERVERS = {"uvicorn", "gunicorn", "hypercorn", "granian", "asyncio", "uvloop", "millstream"}
+
+
+def end_server(broker: Broker) -> None:
+    """End the server in its own orderly way, by a signal; where there is none, the broker."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if (getattr(handler, "__module__", None) or "").partition(".")[0] in _SERVERS:
+        signal.raise_signal(signal.SIGTERM)
+    else:
+        broker.spawn(broker.stop())
 
 
 AsgiFastStream = AsgiApp

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import enum
-from collections.abc import Callable, Coroutine, MutableMapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Self, TypedDict, Unpack
 
@@ -16,7 +17,7 @@ from .clock import Clock, LoopClock
 from .codec import Codec, as_decode_error, decode_any
 from .context import ContextRepo
 from .driver import Driver, PublishCommand, Spec
-from .endpoints import Endpoints, default_scope
+from .endpoints import Endpoints, caller, default_scope
 from .errors import (
     ConnectError,
     NotConnected,
@@ -107,6 +108,20 @@ class BrokerOptions(TypedDict, total=False):
     tags: Sequence[Any]
 
 
+def known_options(options: Mapping[str, Any], kind: type, owner: str) -> None:
+    """Raise a SetupError for an option that the TypedDict ``kind`` does not have."""
+    names = kind.__annotations__
+    for name in options:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            raise SetupError(
+                f"{owner} has no option {name!r}",
+                code="MS120",
+                where=caller(),
+                fix=f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(sorted(names))}",
+            )
+
+
 class Broker(Endpoints):
     """Connects a driver with declarations.
 
@@ -115,6 +130,7 @@ class Broker(Endpoints):
     """
 
     def __init__(self, driver: Driver, **options: Unpack[BrokerOptions]) -> None:
+        known_options(options, BrokerOptions, type(self).__name__)
         super().__init__(
             prefix=options.get("prefix", ""),
             codec=options.get("codec"),

@@ -133,7 +133,7 @@ def make(options: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     try:
         spec = options(*args, **kwargs)
     except TypeError as error:
-        raise SetupError(f"{name}: {error}", code="MS120", where=_caller()) from error
+        raise SetupError(f"{name}: {error}", code="MS120", where=caller()) from error
     for field, wanted in _plain_fields(type(spec)):
         value = getattr(spec, field)
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
@@ -141,7 +141,7 @@ def make(options: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
             raise SetupError(
                 f"{name}: {field}={value!r} is {type(value).__name__}, not {expected}",
                 code="MS121",
-                where=_caller(),
+                where=caller(),
             )
     return spec
 
@@ -173,7 +173,7 @@ def _plain_fields(spec: type) -> list[tuple[str, Any]]:
     return _checked[spec]
 
 
-def _caller() -> str:
+def caller() -> str:
     """The user's line that is being run: the first one outside this package."""
     frame = sys._getframe(1)
     package = __name__.partition(".")[0]
@@ -268,14 +268,14 @@ class Endpoints:
             SetupError: the router is of another broker's kind, or contains this one.
         """
         if not isinstance(router, Endpoints):
-            raise SetupError(f"{router!r} is not a router", code="MS122", where=_caller())
+            raise SetupError(f"{router!r} is not a router", code="MS122", where=caller())
         if router is self or any(e is self for e in router.tree()):
-            raise SetupError("a router cannot contain itself", code="MS123", where=_caller())
+            raise SetupError("a router cannot contain itself", code="MS123", where=caller())
         if family_of(router) is not family_of(self):
             raise SetupError(
                 f"a {type(router).__name__} cannot be included into a {type(self).__name__}",
                 code="MS124",
-                where=_caller(),
+                where=caller(),
                 fix="use the router class of the same broker",
             )
         self.inclusions.append(

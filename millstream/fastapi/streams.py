@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import signal
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -28,6 +27,7 @@ from typing import Any, Literal, TypedDict, Unpack
 from fastapi import APIRouter
 from fastapi.routing import Mount
 
+from ..asgi import end_server
 from ..broker import Broker, State
 from ..errors import MillstreamError, SetupError
 from ..logging import join_server
@@ -171,7 +171,7 @@ class Streams:
                 for broker in owned:
                     stack.push_async_callback(broker.stop)
                     if broker.on_stop_application is None:
-                        broker.on_stop_application = functools.partial(_end_server, broker)
+                        broker.on_stop_application = functools.partial(end_server, broker)
                     await _plainly(broker.connect())
                 async with inner(self.app) as state:
                     if not outermost and not owned:
@@ -248,19 +248,6 @@ async def _plainly(step: Awaitable[Any]) -> None:
     except MillstreamError as error:
         _log.debug("the application cannot start", exc_info=error)
         raise error.with_traceback(None) from None
-
-
-#: Who handles SIGTERM by an orderly end of the server.
-_SERVERS = {"uvicorn", "gunicorn", "hypercorn", "granian", "asyncio", "uvloop", "millstream"}
-
-
-def _end_server(broker: Broker) -> None:
-    """End the server in its own orderly way; where there is none, the broker."""
-    handler = signal.getsignal(signal.SIGTERM)
-    if (getattr(handler, "__module__", None) or "").partition(".")[0] in _SERVERS:
-        os.kill(os.getpid(), signal.SIGTERM)
-    else:
-        broker.spawn(broker.stop())
 
 
 class Lifespan:

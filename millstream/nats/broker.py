@@ -12,7 +12,7 @@ from nats.js.api import Placement, RePublish, StorageType
 from nats.js.kv import KeyValue
 from nats.js.object_store import ObjectStore
 
-from ..broker import Broker, BrokerOptions
+from ..broker import Broker, BrokerOptions, known_options
 from ..endpoints import Endpoints, Route, RoutePublisher, Router, asks, declares, produces, sends
 from .driver import NatsDriver
 from .options import NatsPublication, NatsPublish, NatsRequest, NatsSubscription
@@ -123,6 +123,7 @@ class NatsBroker(NatsEndpoints, Broker):
         servers: str | Sequence[str] = "nats://localhost:4222",
         **options: Unpack[NatsConnect],
     ) -> None:
+        known_options(options, NatsConnect, type(self).__name__)
         given = dict(options)
         common = {key: given.pop(key) for key in BrokerOptions.__annotations__ if key in given}
         timeout: Any = common.get("publish_timeout", 5.0)

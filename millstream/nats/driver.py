@@ -274,6 +274,8 @@ class NatsDriver:
             except (ConnectError, NatsError) as error:
                 self._reason = reason_of(error)
                 log.debug("%s", error)
+                if self._client is not None and not self._client.is_closed:
+                    await discard(self._client)
                 continue
             await self._on_reconnected()
             return

@@ -125,6 +125,19 @@ async def test_a_deleted_stream_that_is_not_ours_ends_the_subscription(own):
     await taken.intake.close()
 
 
+@pytest.mark.parametrize("options", [{"durable": "d"}, {}])
+async def test_a_deleted_push_consumer_is_noticed(own, options):
+    taken = await own.subscribe("s", stream="S", push=True, idle_heartbeat=0.2, **options)
+    await own.publish("s", b"0", stream="S")
+    await taken.count(1)
+    await own.driver.ping(1)
+    await own.driver.js.delete_consumer("S", taken.intake.consumer.name)
+    taken.intake.consumer.ack_wait = 0.3  # so that somebody looks at it soon
+    await own.publish("s", b"1", stream="S")
+    await taken.count(2, 15)
+    assert taken.bodies == [b"0", b"1"]
+
+
 async def test_a_missing_heartbeat_is_noticed(own, monkeypatch):
     monkeypatch.setattr("millstream.nats.jetstream.HEARTBEAT", 0.2)
     taken = await own.subscribe("s", stream="S", durable="d")

@@ -426,3 +426,70 @@ async def test_ordered_reads_a_gap_again(bench):
     await taken.count(20)
     sequences = [int(raw.reply.split(".")[-4]) for raw in taken.raws]
     assert sequences == list(range(1, 21))
+
+
+async def test_limits_that_the_server_sets_for_requests(bench):
+    name = unique()
+    await bench.driver.js.add_stream(name=name, subjects=[name])
+    config = {"durable_name": "d", "name": "d", "ack_policy": "explicit", "max_batch": 2}
+    config |= {"max_expires": 1_000_000_000, "max_waiting": 1}
+    request = {"stream_name": name, "config": config}
+    await bench.driver.api(f"CONSUMER.CREATE.{name}.d", request)
+    taken = await bench.subscribe(name, stream=name, durable="d", pull_sub=PullSub(10))
+    assert (taken.intake.consumer.max_batch, taken.intake.consumer.expires) == (2, 1.0)
+    await fill(bench, name, 10)
+    await taken.count(10, 10)
+    await asyncio.sleep(1.2)  # the request ends meanwhile
+    await fill(bench, name, 1, 10)
+    await taken.count(11, 10)
+
+
+async def test_a_reason_for_a_rejection(bench):
+    name, advisories = unique(), []
+    taken = await bench.subscribe(name, stream=name, durable="d", settle=None)
+    await fill(bench, name, 1)
+
+    async def advisory(msg):
+        advisories.append(msg.data)
+
+    subject = f"$JS.EVENT.ADVISORY.CONSUMER.MSG_TERMINATED.{name}.d"
+    await bench.driver.client.subscribe(subject, cb=advisory)
+    (raw,) = await taken.count(1)
+    await taken.intake.settle(raw, Settlement.NONE, None)
+    await taken.intake.settle(raw, Settlement.REJECT, None, reason="too old")
+    await eventually(lambda: advisories)
+    assert b"too old" in advisories[0]
+
+
+async def test_messages_never_settled_are_remembered_once(bench, monkeypatch):
+    monkeypatch.setattr("millstream.nats.jetstream.CROWD", 3)
+    name = unique()
+    config = ConsumerConfig(ack_wait=0.2)
+    taken = await bench.subscribe(name, stream=name, durable="d", config=config, settle=None)
+    await fill(bench, name, 2)
+    await taken.count(8)
+    await eventually(lambda: len(taken.intake.open) <= 3)
+
+
+async def test_a_name_without_a_durable(bench):
+    name = unique()
+    config = ConsumerConfig(name="mine", inactive_threshold=60)
+    taken = await bench.subscribe(name, stream=name, config=config)
+    await fill(bench, name, 1)
+    await taken.count(1)
+    have = (await info(bench, name, "mine")).config
+    assert have.durable_name is None and have.inactive_threshold == 60
+
+
+async def test_other_filters_of_a_durable(bench):
+    name = unique()
+    stream = JStream(name, subjects=[f"{name}.>"])
+    first = await bench.subscribe(f"{name}.a", stream=stream, durable="d")
+    await first.intake.close()
+    config = ConsumerConfig(filter_subjects=[f"{name}.b", f"{name}.c"])
+    second = await bench.subscribe(stream=stream, durable="d", config=config)
+    assert (await info(bench, name, "d")).config.filter_subjects == [f"{name}.b", f"{name}.c"]
+    await second.intake.close()
+    await bench.subscribe(f"{name}.c", stream=stream, durable="d")
+    have = (await info(bench, name, "d")).config
+    assert have.filter_subject == f"{name}.c" and not have.filter_subjects

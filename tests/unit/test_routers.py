@@ -11,7 +11,7 @@ from millstream import AckPolicy, Depends, Message, Retry, SetupError
 from millstream.endpoints import Route, RoutePublisher
 from millstream.errors import NotConnected, StateError
 from millstream.memory import MemoryBroker, MemoryRouter
-from millstream.nats import NatsRouter
+from millstream.nats import NatsBroker, NatsRouter
 from millstream.testing import TestBroker
 
 
@@ -173,3 +173,11 @@ def test_the_options_are_visible_on_the_method() -> None:
 def test_only_functions_can_be_handlers(what: Any) -> None:
     with pytest.raises(SetupError):
         MemoryBroker().subscriber("in")(what)
+
+
+def test_an_unknown_option_of_a_broker() -> None:
+    with pytest.raises(SetupError, match="'prefx'") as caught:
+        MemoryBroker(prefx="a.")  # type: ignore[call-arg]
+    assert "'prefix'" in caught.value.fix
+    with pytest.raises(SetupError, match="NatsBroker has no option"):
+        NatsBroker(prefx="a.")  # type: ignore[call-arg]

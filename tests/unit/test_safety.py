@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,13 @@ from tests.helpers import eventually
 
 
 @pytest.fixture(params=["memory", "sqlite"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> DedupStore:
-    return MemoryDedup() if request.param == "memory" else SqliteDedup(str(tmp_path / "keys.db"))
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DedupStore]:
+    if request.param == "memory":
+        yield MemoryDedup()
+        return
+    kept = SqliteDedup(str(tmp_path / "keys.db"))
+    yield kept
+    kept.close()
 
 
 async def test_a_key_is_claimed_done_and_released(store: DedupStore) -> None:
@@ -60,7 +66,9 @@ async def test_sqlite_keys_survive_and_are_shared(tmp_path: Path) -> None:
     assert sorted(wins) == ["busy"] * 9 + ["mine"]
     one.close()
     two.close()
-    assert await SqliteDedup(path).claim("a", 60) == "done"
+    three = SqliteDedup(path)
+    assert await three.claim("a", 60) == "done"
+    three.close()
 
 
 async def test_the_memory_store_is_bounded() -> None:
