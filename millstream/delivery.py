@@ -14,6 +14,7 @@ from . import killpoints
 from .ack import Settlement
 from .body import reader
 from .breaker import Circuit
+from .clock import Clock
 from .dedup import deduplicating
 from .driver import Capability, Sink
 from .errors import HandlerNotFound, SetupError, StopApplication
@@ -114,7 +115,7 @@ class Delivery:
             self.link.decode = plan.read
         call = plan.call
         if spec.handler_timeout is not None:
-            call = _timed(call, spec.handler_timeout)
+            call = _timed(call, spec.handler_timeout, broker.clock)
         call = fold_consume(
             (*scope.middlewares, *spec.middlewares, *broker.test_middlewares), call, site
         )
@@ -269,12 +270,16 @@ def _both(call: Call, respond: Respond | None) -> Call:
     return both
 
 
-def _timed(call: Call, seconds: float) -> Call:
+def _timed(call: Call, seconds: float, clock: Clock) -> Call:
     async def timed(message: Message[Any]) -> Any:
-        limit = asyncio.timeout(seconds)
         try:
-            async with limit:
-                return await call(message)
+            async with asyncio.timeout(None) as limit:
+                loop = asyncio.get_running_loop()
+                timer = clock.call_later(seconds, lambda: limit.reschedule(loop.time()))
+                try:
+                    return await call(message)
+                finally:
+                    timer.cancel()
         except TimeoutError:
             if limit.expired():
                 raise TimeoutError(f"the handler ran longer than {seconds:g} s") from None

@@ -77,7 +77,7 @@ async def test_a_deleted_consumer_is_made_again_where_it_was(own, caplog):
     for i in range(5):
         await own.publish("s", b"%d" % i, stream="S")
     await taken.count(5)
-    await own.driver.ping(1)
+    await asks(own)
     await own.driver.js.delete_consumer("S", "d")
     for i in range(5, 8):
         await own.publish("s", b"%d" % i, stream="S")
@@ -90,9 +90,10 @@ async def test_what_was_not_settled_comes_again_from_a_new_consumer(own):
     taken = await own.subscribe("s", stream="S", durable="d", settle=None)
     for i in range(3):
         await own.publish("s", b"%d" % i, stream="S")
-    await taken.count(2)
+    await taken.count(3)
     await taken.intake.settle(taken.raws[0], Settlement.ACK, None)
     await taken.intake.settle(taken.raws[1], Settlement.NACK, 60)
+    await asks(own)
     await own.driver.js.delete_consumer("S", "d")
     await eventually(lambda: taken.bodies.count(b"1") == 2, 10)
     assert taken.bodies.count(b"0") == 1
