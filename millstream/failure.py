@@ -23,6 +23,7 @@ from .errors import (
     DecodeError,
     HandlerException,
     HandlerNotFound,
+    MessageTooLarge,
     NackMessage,
     RejectMessage,
     SkipMessage,
@@ -283,9 +284,8 @@ class Failures:
                     for k, v in single.headers.items()
                     if not (driver.control_headers and k.startswith(driver.control_headers))
                 }
-                if self.dead_letter.headers:
-                    headers.update(self._cause(single, error, attempt))
-                await self._send_letter(command, single.body, headers)
+                cause = self._cause(single, error, attempt) if self.dead_letter.headers else {}
+                await self._send_fitting(command, single.body, headers, cause)
                 await single.settle(_ACK)
                 self.dead_lettered += 1
         except Exception as second:
@@ -303,6 +303,20 @@ class Failures:
             error,
             f"failed for good after attempt {attempt}, now in {self._address}",
         )
+
+    async def _send_fitting(
+        self, command: Any, body: bytes, headers: dict[str, str], cause: dict[str, str]
+    ) -> None:
+        """Send a letter; where it is too large with all of its cause, with less of it."""
+        essential = {k: cause[k] for k in ("ms-error-type", "ms-origin") if k in cause}
+        short = {k: v for k, v in cause.items() if k not in ("ms-traceback", "ms-got")}
+        for part in (cause, short, essential):
+            try:
+                await self._send_letter(command, body, headers | part)
+                return
+            except MessageTooLarge:
+                continue
+        await self._send_letter(command, body, {})
 
     def _cause(self, message: Message[Any], error: BaseException, attempt: int) -> dict[str, str]:
         cause = {

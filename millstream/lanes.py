@@ -137,6 +137,10 @@ class Lanes:
                 _release(lane.room)
         return items
 
+    def items(self) -> list[Any]:
+        """Everything that waits; it stays where it is."""
+        return [item for lane in self._lanes for item in lane.items]
+
     @property
     def waiting(self) -> int:
         """Items that no worker has begun."""

@@ -243,20 +243,19 @@ class Subscription:
             log_line(self.broker.logger, "info", f"{self.name}: back on {self.spec.destination}")
 
     async def _keep(self, interval: float) -> None:
-        """Push back the ack deadlines of messages that run longer than half of them."""
+        """Push back the ack deadlines of what runs, or waits, longer than half of them."""
         seen: set[Message[Any]] = set()
         while True:
             await self.broker.clock.sleep(interval / 2)
-            for message in list(self.running):
-                if message in seen and message.settled is None:
-                    try:
+            try:
+                for message in list(self.running):
+                    if message in seen and message.settled is None:
                         await message.in_progress()
-                    except Exception as error:
-                        log_line(
-                            self.broker.logger,
-                            "warning",
-                            f"{self.name}: cannot extend a deadline: {error}",
-                        )
+                for raw in self._lanes.items() if self._lanes is not None else ():
+                    await self.link.intake.touch(raw)  # type: ignore[union-attr]
+            except Exception as error:
+                text = f"{self.name}: cannot extend a deadline: {error}"
+                log_line(self.broker.logger, "warning", text)
             seen = set(self.running)
 
     async def pause(self, reason: str = "asked for") -> None:

@@ -14,7 +14,11 @@ import pytest
 import millstream
 
 ROOT = Path(__file__).parent.parent
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.slow,
+    pytest.mark.xdist_group("packaging"),  # one wheel and one environment serve all
+]
 
 TINY_APP = """
 import asyncio

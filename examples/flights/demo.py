@@ -69,6 +69,10 @@ class Speed(ProgressColumn):
         return f"{speed:,.0f}/s" if speed else ""
 
 
+class Stuck(RuntimeError):
+    """The flights do not come through."""
+
+
 class Service:
     """The service, running in a process of its own."""
 
@@ -139,7 +143,7 @@ async def watch(running: Service, total: int, progress: Progress, bar: TaskID) -
         if now != done:
             done, since = now, time.monotonic()
         elif time.monotonic() - since > PATIENCE:
-            sys.exit(f"Nothing moved for {PATIENCE:.0f} s, see {LOG}: {statistics}")
+            raise Stuck(f"Nothing moved for {PATIENCE:.0f} s at {now:,} flights; see {LOG}.")
         await asyncio.sleep(0.2)
 
 
@@ -213,7 +217,10 @@ def main() -> int:
         service(nats.url, port) as running,
     ):
         console.print(f"NATS at {nats.url}; open {running.url} to watch\n")
-        statistics, seconds = asyncio.run(stream(nats.url, running, total))
+        try:
+            statistics, seconds = asyncio.run(stream(nats.url, running, total))
+        except* Stuck as group:
+            sys.exit(str(group.exceptions[0]))
         right = report(statistics, total, seconds)
         path = save(running, statistics)
         if options.keep:
