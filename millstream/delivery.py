@@ -272,8 +272,9 @@ def _both(call: Call, respond: Respond | None) -> Call:
 
 def _timed(call: Call, seconds: float, clock: Clock) -> Call:
     async def timed(message: Message[Any]) -> Any:
+        limit = asyncio.timeout(None)
         try:
-            async with asyncio.timeout(None) as limit:
+            async with limit:
                 loop = asyncio.get_running_loop()
                 timer = clock.call_later(seconds, lambda: limit.reschedule(loop.time()))
                 try:
