@@ -267,6 +267,15 @@ class Millstream:
             "brokers": brokers,
         }
 
+    async def full_health(self, timeout: float = 1.0) -> dict[str, Any]:
+        """The same as ``health``, after every broker was asked for its ``lag`` (messages that
+        wait there); one that does not answer within ``timeout`` seconds tells none."""
+        asked = [s.ask_lag() for broker in self.brokers for s in broker.subscriptions]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await asyncio.gather(*asked)
+        return self.health()
+
     def as_asgi(self, routes: Sequence[tuple[str, Any]] = (), **options: Any) -> AsgiApp:
         """This application as ASGI: its lifespan, probes and the given ``(path, app)`` routes."""
         from .asgi import AsgiApp

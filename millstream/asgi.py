@@ -333,7 +333,7 @@ class AsgiApp:
 
     def _probe(self, question: str | None) -> ASGIApp:
         async def probe() -> AsgiResponse:
-            health = self.app.health()
+            health = self.app.health() if question else await self.app.full_health()
             good = health["live" if question == "live" else "ready"]
             return _json({question: good} if question else health, 200 if good else 503)
 

@@ -64,23 +64,26 @@ class Circuit:
         """Wrap the handling of a message."""
 
         async def guarded(message: Message[Any]) -> Any:
-            if self.state != "closed":
-                await self._wait_for_turn()
+            probe = self.state != "closed" and await self._wait_for_turn()
             try:
                 result = await call(message)
-            except (HandlerException, StopConsume, DecodeError):
-                self._probing = False
+            except (HandlerException, StopConsume, DecodeError, asyncio.CancelledError):
+                if probe:
+                    self._free()  # for the next one
                 raise  # the handler's word, or the sender's fault: says nothing of an outage
             except Exception:
-                self._note(False)
+                self._note(False, probe)
                 raise
-            self._note(True)
+            self._note(True, probe)
             return result
 
         return guarded
 
-    async def _wait_for_turn(self) -> None:
-        """While probing, one message runs; the others wait for what becomes of it."""
+    async def _wait_for_turn(self) -> bool:
+        """While probing, one message runs; the others wait for what becomes of it.
+
+        Returns whether the message is the probe.
+        """
         while self.state == "half open" and self._probing:
             await self._decided.wait()
         if self.state == "open":
@@ -88,17 +91,23 @@ class Circuit:
         if self.state == "half open":
             self._probing = True
             self._decided.clear()
+        return self._probing
 
-    def _note(self, success: bool) -> None:
-        if self.state == "half open":
-            self._probing = False
-            self._decided.set()
+    def _free(self) -> None:
+        self._probing = False
+        self._decided.set()
+
+    def _note(self, success: bool, probe: bool) -> None:
+        if probe:
+            self._free()
             if success:
                 self._close()
             else:
                 self._pause = min(self._pause * 2, self.breaker.longest)
                 self._open("the probe failed")
             return
+        if self.state != "closed":
+            return  # begun before the circuit opened: it is no news
         now = self.subscription.broker.clock.now()
         outcomes = self._outcomes
         outcomes.append((now, success))
@@ -106,7 +115,7 @@ class Circuit:
         while outcomes[0][0] < now - self.breaker.window:
             self._failures -= not outcomes.popleft()[1]
         count = len(outcomes)
-        if not success and self.state == "closed" and count >= self.breaker.minimum:
+        if not success and count >= self.breaker.minimum:
             share = self._failures / count
             if share >= self.breaker.share:
                 self._open(f"{self._failures} of {count} attempts failed")
@@ -124,12 +133,14 @@ class Circuit:
         subscription.broker.spawn(self._rest())
 
     async def _rest(self) -> None:
-        await self.subscription.pause(f"circuit open for {self._pause:g} s")
+        note = f"circuit open for {self._pause:g} s"
+        await self.subscription.pause(note)
         await self.subscription.broker.clock.sleep(self._pause)
         if self.state == "open":
             self.state = "half open"
-            self._probing = False
-            await self.subscription.resume()
+            self._free()
+            if self.subscription.note == note:  # else somebody paused it for another reason
+                await self.subscription.resume()
 
     def _close(self) -> None:
         self.state = "closed"

@@ -26,7 +26,7 @@ from .errors import (
     SetupErrors,
     StateError,
 )
-from .log import default_logger, log_line, silent_logger
+from .log import Rate, default_logger, log_line, silent_logger
 from .message import Link, Message
 from .middleware import Send, fold_publish
 from .params import Depends, ParameterSource
@@ -176,6 +176,7 @@ class Broker(Endpoints):
         self._ask: Send | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._connection_lost = False
+        self._errors = Rate()
 
     @property
     def logger(self) -> LoggerLike:
@@ -450,6 +451,8 @@ class Broker(Endpoints):
                 self.stack.enter_context(watch(self.watchdog))
             for subscription in self.subscriptions:
                 await subscription.start()
+                if self._stopping is not None or self._send is None:
+                    return  # stopped meanwhile
                 subscription.subscriber.running.append(subscription)
         except BaseException:
             await self._shut(State.FAILED)
@@ -546,7 +549,9 @@ class Broker(Endpoints):
             self._connection_lost = False
             log_line(self.logger, "info", f"{where}: connected again")
         elif event == "error":
-            log_line(self.logger, "warning", f"{where}: {reason}")
+            more = self._errors.admit(self.clock.now())
+            if more is not None:
+                log_line(self.logger, "warning", f"{where}: {reason}{more}")
         elif event == "closed" and self.state in (State.RUNNING, State.STARTING, State.CONNECTED):
             self.state = State.FAILED
             log_line(self.logger, "error", f"{where}: connection closed for good: {reason}")

@@ -31,7 +31,11 @@ Claim = Literal["mine", "busy", "done"]
 
 
 class DedupStore(Protocol):
-    """Remembers keys; shared by all processes that must not repeat each other's work."""
+    """Remembers keys; shared by all processes that must not repeat each other's work.
+
+    A store that cannot remember for ever says in an attribute ``longest`` for how many seconds
+    it can.
+    """
 
     async def claim(self, key: str, lease: float) -> Claim:
         """Take a key for ``lease`` seconds, unless it is done or somebody else has it."""
@@ -61,6 +65,15 @@ class Dedup(msgspec.Struct, frozen=True):
     ttl: float = 86_400.0
     store: DedupStore | None = None
     lease: float = 60.0
+
+    def __post_init__(self) -> None:
+        longest = getattr(self.store, "longest", None)
+        if longest is not None and self.ttl > longest:
+            raise SetupError(
+                f"Dedup(ttl={self.ttl:g}): the store forgets after {longest:g} s",
+                code="MS142",
+                fix="shorten ttl, or let the store remember longer",
+            )
 
     def key_of(self, message: Message[Any]) -> str:
         """A message's key.

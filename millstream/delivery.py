@@ -187,9 +187,7 @@ class Delivery:
         batch = self.spec.batch is not None
         before, success = row.before, row.success
         first, settles = before is not _NONE, success is not _NONE
-        counts = (
-            me.failing.retries and Capability.DELIVERY_COUNT in self.spec.capabilities and not batch
-        )
+        counts, taken = me.failing.counts, me.failing.taken
         keep = self.spec.ack_wait is not None and Capability.TOUCH in self.spec.capabilities
         running = me.running
         set_current, reset_current = current.set, current.reset
@@ -211,20 +209,20 @@ class Delivery:
                     set_current(message)
                 if first:
                     await message.settle(before)
-                if counts and message.redelivered and await me.failing.crashed(message):
+                if (message.unusual if counts else message.marked) and await taken(message):
                     return
                 result = await call(message)
                 if result is not None and respond is not None:
                     await respond(message, result)
                 if settles and message.settled is None:
-                    if batch:
-                        await message.settle(success)
-                    else:
-                        message.settled = success
-                        try:
+                    try:
+                        if batch:
+                            await message.settle(success)
+                        else:
+                            message.settled = success
                             await link.intake.settle(raw, success, None)  # type: ignore[union-attr]
-                        except Exception as error:
-                            log_error(logger, f"{me.name}: cannot settle: {error}", error)
+                    except Exception as error:
+                        log_error(logger, f"{me.name}: cannot settle: {error}", error)
                 me.handled += 1
             except asyncio.CancelledError:
                 await me.failing.abandoned(message)

@@ -19,6 +19,7 @@ from .breaker import Breaker
 from .clock import Clock
 from .codec import Codec
 from .dedup import Dedup
+from .letters import Letters
 from .message import Message
 from .middleware import Middleware
 from .params import Depends
@@ -235,6 +236,10 @@ class PublishCommand(msgspec.Struct, kw_only=True):
 Sink = Callable[[Any], Awaitable[None]]
 
 
+#: Seconds that a handler gets to end once it was cancelled; one that does not is left behind.
+CANCELLED = 0.5
+
+
 class Intake(Protocol):
     """One live subscription, as its driver runs it."""
 
@@ -248,7 +253,10 @@ class Intake(Protocol):
         ...
 
     async def close(self) -> None:
-        """Free what the subscription holds and cancel the sink call that still runs."""
+        """Free what the subscription holds and cancel the sink call that still runs.
+
+        A sink that does not end within :data:`CANCELLED` seconds is left behind.
+        """
 
     async def settle(
         self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
@@ -257,6 +265,10 @@ class Intake(Protocol):
 
     async def touch(self, raw: Any, /) -> None:
         """Push back the ack deadline of a message that still runs."""
+
+    async def lag(self) -> int | None:
+        """Messages that wait at the broker for this source; None where it does not tell."""
+        ...
 
 
 class Driver(Protocol):
@@ -328,10 +340,17 @@ class Driver(Protocol):
         """The class that wraps raw replies."""
         ...
 
-    async def dead_letter(self, spec: SubscriptionSpec, name: str | None) -> str:
+    async def dead_letter(
+        self, spec: SubscriptionSpec, name: str | None, *, declare: bool = True
+    ) -> str:
         """The address of a subscription's dead letters, made ready to take them.
 
         ``name`` is the one the user gave; None means the default, ``{source}.dlq``. What is
-        stored there must outlive this process where the source itself does.
+        stored there must outlive this process where the source itself does. Without
+        ``declare`` the address is only told, and nothing is made.
         """
+        ...
+
+    def letters(self, address: str) -> Letters:
+        """The dead letters of an address, to work with."""
         ...

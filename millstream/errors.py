@@ -14,6 +14,7 @@
     │  └─ MessageTooLarge (ValueError)
     ├─ RequestTimeout (TimeoutError)
     ├─ NoResponders
+    ├─ NoLetters (LookupError)            nothing keeps an address's dead letters
     ├─ RemoteError                        the other side of a request failed
     ├─ DecodeError (ValueError)           a body that cannot become the declared type
     ├─ EncodeError (ValueError)
@@ -158,6 +159,12 @@ class NoResponders(MillstreamError):
     """Nobody listens at the address of the request."""
 
     code = "MS304"
+
+
+class NoLetters(MillstreamError, LookupError):
+    """Nothing keeps what is sent to an address, so there are no dead letters."""
+
+    code = "MS306"
 
 
 class RemoteError(MillstreamError):

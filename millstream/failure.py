@@ -30,6 +30,7 @@ from .errors import (
     StopApplication,
     StopConsume,
 )
+from .letters import CAUSE, REPLAY_TO, one_line
 from .log import log_error, log_line
 from .message import BatchMessage, Message
 from .middleware import Call
@@ -56,6 +57,8 @@ class Failures:
         )
         #: Messages whose handling failed, retries included; messages that were buried.
         self.count = self.dead_lettered = 0
+        #: What a replayed message calls this subscription.
+        self.identity = one_line(f"{self.name}@{self.spec.destination}")
         self._address: str | None = None
         self._send_letter = killpoints.around("dead_letter", self.broker.driver.publish)
         self._allowed, self._logged, self._unsaid = float(_BURST), 0.0, 0
@@ -70,6 +73,8 @@ class Failures:
         self.retries = self.policy is AckPolicy.RETRY and (
             Capability.NACK in can or asked is not None
         )
+        #: Whether an attempt can be told from the first before the handler runs.
+        self.counts = self.retries and Capability.DELIVERY_COUNT in can and spec.batch is None
         where = self.retry.where
         if where == "auto":
             delayed = Capability.NACK_DELAY in can and spec.ordered_by is None
@@ -123,25 +128,71 @@ class Failures:
                 except (HandlerException, StopConsume, DecodeError, HandlerNotFound):
                     raise
                 except Exception as error:
-                    message.tries = attempt
-                    if not retry.again(error, attempt):
+                    if isinstance(error, BatchFailed) and isinstance(message, BatchMessage):
+                        if not await self._shrunk(message, error, attempt):
+                            return None
+                    elif not retry.again(error, attempt):
                         raise
                     delay = retry.backoff(attempt)
                     self.count += 1
                     self._log(message, error, self._again(attempt, delay))
                     await clock.sleep(delay)
                     attempt += 1
+                    for one in message.messages if isinstance(message, BatchMessage) else ():
+                        one.tries = attempt
+                    message.tries = attempt
 
         return call_again
+
+    async def _shrunk(self, batch: BatchMessage, error: BatchFailed, attempt: int) -> bool:
+        """Leave in a batch what is to be tried again; False if that is nothing."""
+        left: list[Message[Any]] = []
+        for index, message in enumerate(batch.messages):
+            why = error.errors.get(index)
+            if why is not None and self.retry.again(why, attempt):
+                left.append(message)
+            elif why is not None:
+                await self.handle(message, why)
+            else:
+                await self._done(message)
+        batch.messages[:], batch.raw[:] = left, [m.raw for m in left]
+        return bool(left)
+
+    async def _done(self, message: Message[Any]) -> None:
+        """Acknowledge a good message of a batch; the others have their turn also if that fails."""
+        try:
+            if message.settled is None:
+                await message.settle(_ACK)
+        except Exception as error:
+            log_error(self.broker.logger, f"{self.name}: cannot settle: {error}", error)
 
     def _again(self, attempt: int, delay: float) -> str:
         return f"attempt {attempt} of {self.retry.attempts} failed, again in {delay:.3g} s"
 
-    async def crashed(self, message: Message[Any]) -> bool:
+    async def taken(self, message: Message[Any]) -> bool:
+        """Look at a message that is not plainly new, before its handler runs.
+
+        Returns whether it was taken care of: replayed for another subscription, or one that
+        crashes its worker.
+        """
+        if isinstance(message, BatchMessage):
+            mine = [m for m in message.messages if not await self._skipped(m)]
+            message.messages[:], message.raw[:] = mine, [m.raw for m in mine]
+            return not mine
+        return await self._skipped(message) or (self.counts and await self._crashed(message))
+
+    async def _skipped(self, message: Message[Any]) -> bool:
+        to = message.headers.get(REPLAY_TO)
+        if to is None or to in (self.identity, self.name):
+            return False
+        await message.settle(_ACK)
+        return True
+
+    async def _crashed(self, message: Message[Any]) -> bool:
         """Bury a message that was begun as often as allowed and never ended.
 
         Its earlier attempts ended neither well nor with an error: they took their process
-        down with them. Returns whether the message was taken care of.
+        down with them.
         """
         attempt = message.attempt
         if attempt <= self.retry.attempts:
@@ -159,10 +210,13 @@ class Failures:
         """A handler was cancelled at the end of the drain: hand its message back."""
         self.subscription.returned += 1
         if message.settled is None and self.row.cancelled is not _NONE:
+            task = asyncio.ensure_future(message.settle(self.row.cancelled))
+            task.add_done_callback(_seen)  # it may fail later than is waited for
             try:
                 async with asyncio.timeout(1):
-                    await asyncio.shield(asyncio.ensure_future(message.settle(self.row.cancelled)))
+                    await asyncio.shield(task)
             except Exception as error:
+                task.cancel()
                 log_error(self.broker.logger, f"{self.name}: cannot hand back: {error}", error)
 
     async def handle(self, message: Message[Any], error: BaseException) -> None:
@@ -239,8 +293,8 @@ class Failures:
             for index, message in enumerate(batch.messages):
                 if index in error.errors:
                     await self.handle(message, error.errors[index])
-                elif message.settled is None:
-                    await message.settle(_ACK)
+                else:
+                    await self._done(message)
             return True
         read = self.subscription.plans[0].read_one
         if isinstance(error, DecodeError) and read is not None and len(batch.messages) > 1:
@@ -279,12 +333,13 @@ class Failures:
                 command.destination = self._address
                 command.message = single.body
                 command.timeout = self.broker.publish_timeout
+                cause = self._cause(single, error, attempt) if self.dead_letter.headers else {}
+                control, dropped = driver.control_headers, {REPLAY_TO, *(CAUSE if cause else ())}
                 headers = {
                     k: v
                     for k, v in single.headers.items()
-                    if not (driver.control_headers and k.startswith(driver.control_headers))
+                    if k not in dropped and not (control and k.startswith(control))
                 }
-                cause = self._cause(single, error, attempt) if self.dead_letter.headers else {}
                 await self._send_fitting(command, single.body, headers, cause)
                 await single.settle(_ACK)
                 self.dead_lettered += 1
@@ -308,7 +363,8 @@ class Failures:
         self, command: Any, body: bytes, headers: dict[str, str], cause: dict[str, str]
     ) -> None:
         """Send a letter; where it is too large with all of its cause, with less of it."""
-        essential = {k: cause[k] for k in ("ms-error-type", "ms-origin") if k in cause}
+        kept = ("message_id", "ms-error-type", "ms-origin", "ms-handler", "ms-source")
+        essential = {k: cause[k] for k in kept if k in cause}
         short = {k: v for k, v in cause.items() if k not in ("ms-traceback", "ms-got")}
         for part in (cause, short, essential):
             try:
@@ -327,10 +383,13 @@ class Failures:
             "ms-attempts": str(attempt),
             "ms-failed-at": datetime.fromtimestamp(self.broker.clock.wall(), UTC).isoformat(),
             "ms-handler": self.name,
+            "ms-source": self.spec.destination,
+            # Where a broker's own control header held it, it would be lost.
+            "message_id": message.message_id,
         }
         if isinstance(error, DecodeError):
             cause |= {"ms-path": error.path, "ms-expected": error.expected, "ms-got": error.got}
-        return {name: _one_line(value) for name, value in cause.items() if value}
+        return {name: one_line(value) for name, value in cause.items() if value}
 
     async def _answer_failure(self, message: Message[Any], error: BaseException) -> None:
         """Tell who waits for an answer that there will be none."""
@@ -342,7 +401,7 @@ class Failures:
         command = self.broker.driver.command()
         command.destination = reply_to
         command.timeout = self.broker.publish_timeout
-        headers = {"ms-error": _one_line(str(error)[:2000]), "ms-error-type": type(error).__name__}
+        headers = {"ms-error": one_line(str(error)[:2000]), "ms-error-type": type(error).__name__}
         correlation_id = message.known_correlation_id
         if correlation_id:
             headers["correlation_id"] = correlation_id
@@ -368,14 +427,14 @@ class Failures:
             log_error(self.broker.logger, text, error)
 
 
+def _seen(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled():
+        task.exception()
+
+
 _OUTCOMES = {
     _ACK: "failed, acknowledged all the same",
     _NACK: "failed, will be delivered again",
     _REJECT: "failed, dropped",
     _NONE: "failed, left unsettled",
 }
-
-
-def _one_line(value: str) -> str:
-    """Header values are single lines on every broker."""
-    return value.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from .clock import Clock
-from .driver import Batch, Sink
+from .driver import CANCELLED, Batch, Sink
 
 
 class _Lane:
@@ -69,22 +69,33 @@ class Lanes:
             for i in range(workers)
         ]
         self.busy = 0
+        self._closed = False
+        #: Items that wait for room.
+        self._outside: list[Any] = []
 
     async def submit(self, item: Any) -> None:
         """Queue an item; returns when there was room for it."""
         lanes, key = self._lanes, self._key
         lane = lanes[0] if key is None else lanes[hash(key(item)) % len(lanes)]
-        while len(lane.items) >= self._limit:
-            future = asyncio.get_running_loop().create_future()
-            lane.room.append(future)
-            await future
+        if len(lane.items) >= self._limit:
+            await self._room(lane, item)
         lane.items.append(item)
         if lane.wake:
             _release(lane.wake)
 
+    async def _room(self, lane: _Lane, item: Any) -> None:
+        self._outside.append(item)
+        try:
+            while len(lane.items) >= self._limit:
+                future = asyncio.get_running_loop().create_future()
+                lane.room.append(future)
+                await future
+        finally:
+            self._outside.remove(item)
+
     async def _work(self, lane: _Lane) -> None:
         deliver, batch = self._deliver, self._batch
-        while True:
+        while not self._closed:  # a handler may have swallowed the cancellation
             while not lane.items:
                 await self._wait(lane)
             if batch is None:
@@ -139,12 +150,12 @@ class Lanes:
 
     def items(self) -> list[Any]:
         """Everything that waits; it stays where it is."""
-        return [item for lane in self._lanes for item in lane.items]
+        return [item for lane in self._lanes for item in lane.items] + self._outside
 
     @property
     def waiting(self) -> int:
         """Items that no worker has begun."""
-        return sum(len(lane.items) for lane in self._lanes)
+        return sum(len(lane.items) for lane in self._lanes) + len(self._outside)
 
     @property
     def idle(self) -> bool:
@@ -153,6 +164,7 @@ class Lanes:
 
     async def close(self) -> None:
         """Cancel what still runs and end the workers."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.wait(self._tasks, timeout=CANCELLED)

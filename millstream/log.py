@@ -48,3 +48,23 @@ def log_error(logger: LoggerLike, text: str, error: BaseException) -> None:
 
 def _loguru(logger: Any) -> Any:
     return logger.opt() if hasattr(logger, "opt") else None
+
+
+class Rate:
+    """Lets ten lines through, then one a second that counts those it stands for."""
+
+    BURST = 10
+
+    def __init__(self) -> None:
+        self._allowed, self._last, self._unsaid = float(self.BURST), 0.0, 0
+
+    def admit(self, now: float) -> str | None:
+        """What to add to a line at clock time ``now``; None if it is not to be written."""
+        self._allowed = min(self.BURST, self._allowed + (now - self._last))
+        self._last = now
+        if self._allowed < 1:
+            self._unsaid += 1
+            return None
+        self._allowed -= 1
+        unsaid, self._unsaid = self._unsaid, 0
+        return f" (and {unsaid} more)" if unsaid else ""

@@ -7,8 +7,9 @@ A subscription is *plain* (it gets what is published while it listens, at most o
 from __future__ import annotations
 
 import asyncio
+import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Unpack
 
@@ -18,18 +19,28 @@ from .ack import Settlement
 from .address import Address, AddressSyntax
 from .broker import Broker, BrokerOptions
 from .clock import Clock, LoopClock, Timer
-from .driver import Capability, PublicationSpec, PublishCommand, Sink, Spec, SubscriptionSpec
+from .driver import (
+    CANCELLED,
+    Capability,
+    PublicationSpec,
+    PublishCommand,
+    Sink,
+    Spec,
+    SubscriptionSpec,
+)
 from .endpoints import Endpoints, Router, asks, declares, produces, sends
 from .errors import (
     AddressError,
     MessageTooLarge,
+    NoLetters,
     NoResponders,
     NotConnected,
     PublishTimeout,
     RequestTimeout,
     SetupError,
 )
-from .message import Message, new_id
+from .letters import REPLAY_TO, Letter
+from .message import Link, Message, new_id
 
 #: Seconds a publisher waits for room when nothing else is said.
 _PATIENCE = 5.0
@@ -117,12 +128,14 @@ class Delivery:
     their attribute ``delivery``.
     """
 
-    __slots__ = ("count", "entry", "record")
+    __slots__ = ("count", "entry", "marked", "record", "unusual")
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
         self.record = entry.record
         self.count = entry.count
+        self.marked = REPLAY_TO in entry.record.headers
+        self.unusual = self.marked or self.count > 1
 
 
 class Store:
@@ -246,6 +259,20 @@ class MemoryBus:
         """The kept messages that were sent to an address, such as that of dead letters."""
         return [record for record in self._kept() if record.destination == destination]
 
+    def keeps(self, destination: str) -> bool:
+        """Whether what is sent to an address is kept."""
+        return any(_match(log.addresses, destination) for log in self.logs.values())
+
+    def forget(self, destination: str, sequence: int) -> bool:
+        """Keep a message no longer; False if it was not kept."""
+        found = False
+        for log in self.logs.values():
+            for record in list(log.records):
+                if record.sequence == sequence and record.destination == destination:
+                    log.records.remove(record)
+                    found = True
+        return found
+
     def store(self, source: Source, addresses: Sequence[Address]) -> Store:
         """The store of a durable source, made on first use."""
         store = self.stores.get(source.durable)
@@ -350,6 +377,8 @@ class MemoryIntake:
 
     async def _give(self, entry: Entry) -> None:
         if entry.done:  # acknowledged after its deadline
+            if self.store is not None:
+                self.store.dispatch()
             return
         self.given = entry
         if self.store is not None:
@@ -402,7 +431,7 @@ class MemoryIntake:
         self.fetched.clear()
         if asyncio.current_task() is not self.task:
             self.task.cancel()
-            await asyncio.wait([self.task])
+            await asyncio.wait([self.task], timeout=CANCELLED)
 
     async def settle(
         self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
@@ -421,11 +450,51 @@ class MemoryIntake:
         if delivery.entry.current is delivery:
             self._watch(delivery)
 
+    async def lag(self) -> int | None:
+        return len(self.fetched) + (0 if self.store is None else len(self.store.ready))
+
+
+class MemoryLetters:
+    """The dead letters of one address of the bus; they end with the process."""
+
+    def __init__(self, driver: MemoryDriver, address: str) -> None:
+        self.driver, self.address = driver, address
+        self._link = Link(driver, None)
+
+    def _records(self) -> list[Record]:
+        if not self.driver.bus.keeps(self.address):
+            raise NoLetters(f"nothing keeps {self.address!r} in this process")
+        return self.driver.bus.records(self.address)
+
+    async def read(
+        self, limit: int | None = None, after: str | None = None
+    ) -> AsyncIterator[Letter]:
+        driver, first = self.driver, int(after or 0)
+        for record in [r for r in self._records() if r.sequence > first][:limit]:
+            raw = driver.raw(Delivery(Entry(record)), None)
+            stored = datetime.fromtimestamp(record.timestamp, UTC)
+            message = driver.reply_envelope()(raw, self._link)
+            yield Letter(str(record.sequence), message, stored)
+
+    async def count(self) -> int:
+        return len(self._records())
+
+    async def remove(self, id: str) -> bool:
+        return self.driver.bus.forget(self.address, int(id))
+
+    async def resend(self, letter: Letter, headers: dict[str, str]) -> None:
+        command = self.driver.command()
+        taken = await self.driver._send(command, letter.origin, letter.message.body, headers, "")
+        if not taken and not self.driver.bus.keeps(letter.origin):
+            raise NoResponders(f"nobody listens at {letter.origin!r}")
+
 
 class MemoryMessage(Message[Delivery]):
     """A message of the memory broker."""
 
     __slots__ = ()
+    marked: ClassVar[Any] = property(operator.attrgetter("raw.marked"))
+    unusual: ClassVar[Any] = property(operator.attrgetter("raw.unusual"))
 
     @property
     def body(self) -> bytes:
@@ -446,10 +515,6 @@ class MemoryMessage(Message[Delivery]):
     @property
     def delivery_count(self) -> int:
         return self.raw.count
-
-    @property
-    def redelivered(self) -> bool:
-        return self.raw.count > 1
 
     @property
     def timestamp(self) -> datetime | None:
@@ -665,10 +730,16 @@ class MemoryDriver:
             timer.cancel()
             del self.bus.inboxes[inbox]
 
-    async def dead_letter(self, spec: SubscriptionSpec, name: str | None) -> str:
+    async def dead_letter(
+        self, spec: SubscriptionSpec, name: str | None, *, declare: bool = True
+    ) -> str:
         address = name or f"{_literal(spec.destination, self.syntax)}.dlq"
-        self.bus.keep(f"dead letters: {address}", [self.syntax.compile(address)])
+        if declare:
+            self.bus.keep(f"dead letters: {address}", [self.syntax.compile(address)])
         return address
+
+    def letters(self, address: str) -> MemoryLetters:
+        return MemoryLetters(self, address)
 
     # Sending
 

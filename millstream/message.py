@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from .ack import Settlement
 from .errors import MillstreamError
@@ -182,10 +183,14 @@ class Message(Generic[RawT]):
         """Which attempt at handling this is, counted from 1."""
         return getattr(self, "tries", 0) or self.delivery_count
 
+    #: True if it carries headers, among which may be the engine's own. Read for each message,
+    #: so a broker's class makes it an attribute of the raw object that takes no call.
+    marked: ClassVar[Any] = property(operator.attrgetter("headers"))
+
     @property
-    def redelivered(self) -> bool:
-        """Whether this is not the first delivery."""
-        return self.delivery_count > 1
+    def unusual(self) -> bool:
+        """Whether it was delivered before, or is :attr:`marked`."""
+        return self.delivery_count > 1 or bool(self.marked)
 
     async def decode(self) -> Any:
         """The body as the subscription's codec reads it; decoded once.
@@ -240,6 +245,9 @@ class Message(Generic[RawT]):
         return f"<{type(self).__name__} {self.destination!r} {len(self.body)} bytes>"
 
 
+_marked = operator.attrgetter("marked")
+
+
 class BatchMessage(Message[list[Any]]):
     """Several messages that one call handles; ``messages`` are the single ones."""
 
@@ -265,6 +273,8 @@ class BatchMessage(Message[list[Any]]):
     @property
     def destination(self) -> str:
         return self.messages[0].destination
+
+    marked = property(lambda self: any(map(_marked, self.messages)))
 
     @property
     def delivery_count(self) -> int:
@@ -293,8 +303,18 @@ class BatchMessage(Message[list[Any]]):
         if self.settled is not None:
             return self.settled is how
         self.settled = how
-        for message in self.messages:
-            await message.settle(how, delay, **options)
+        failed: Exception | None = None
+        try:
+            for message in self.messages:
+                try:
+                    await message.settle(how, delay, **options)
+                except Exception as error:
+                    failed = error
+            if failed is not None:
+                raise failed
+        except BaseException:
+            self.settled = None
+            raise
         return True
 
     def __repr__(self) -> str:

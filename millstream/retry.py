@@ -37,7 +37,8 @@ class DeadLetter(msgspec.Struct, frozen=True):
     Fields:
         destination: an address; None means ``{source}.dlq``.
         headers: whether the cause is written into headers (``ms-error``, ``ms-error-type``,
-            ``ms-traceback``, ``ms-origin``, ``ms-attempts``, ``ms-failed-at``, ``ms-handler``).
+            ``ms-traceback``, ``ms-origin``, ``ms-attempts``, ``ms-failed-at``, ``ms-handler``,
+            ``ms-source``), without which a letter cannot be replayed.
     """
 
     destination: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import operator
 from collections.abc import Callable, Hashable
@@ -48,6 +49,8 @@ class _NotYet:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.ready = asyncio.Event()
+        #: Why the subscription was lost before the driver returned it.
+        self.lost: Exception | None = None
 
     async def settle(
         self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
@@ -60,6 +63,9 @@ class _NotYet:
         await self.ready.wait()
         assert self.link.intake is not None
         await self.link.intake.touch(raw)
+
+    async def lag(self) -> int | None:
+        return None
 
     async def pause(self) -> int:
         return 0
@@ -94,9 +100,15 @@ class Subscription:
         self._recovery: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self.running: set[Message[Any]] = set()
+        self._since: dict[Message[Any], float] = {}
+        #: Messages that wait at the broker, when that was asked last; None if it does not tell.
+        self.lag: int | None = None
         self.idle: asyncio.Event | None = None
         self._limit: asyncio.Timeout | None = None
         self._now = False
+        #: Held by whoever pauses, resumes or recovers: one at a time. A stop waits for none.
+        self._changing = asyncio.Lock()
+        self._draining = 0
 
     # Compile
 
@@ -169,24 +181,42 @@ class Subscription:
         elif self._replaceable:
             sink = self._deliver_now
         await self._subscribe(sink)
-        if spec.ack_wait is not None and Capability.TOUCH in spec.capabilities:
-            self._keeper = asyncio.create_task(
-                self._keep(spec.ack_wait / 2), name=f"{self.name}-keeper"
-            )
+        wait = spec.ack_wait if Capability.TOUCH in spec.capabilities else None
+        if wait is not None and self._intake is not None:
+            self._keeper = asyncio.create_task(self._keep(wait / 2), name=f"{self.name}-keeper")
 
     async def _deliver_now(self, raw: Any) -> None:
         await self.deliver(raw)
 
     async def _subscribe(self, sink: Sink) -> None:
-        waiting = _NotYet(self.link)
+        before, waiting = self.link.intake, _NotYet(self.link)
         self.link.intake = waiting
         self._sink = sink
-        self._intake = await self.broker.driver.subscribe(self.spec, sink, self._lost)
+
+        def lost(error: Exception) -> None:
+            if waiting.ready.is_set():
+                self._lost(error)
+            else:
+                waiting.lost = error
+
+        try:
+            intake = await self.broker.driver.subscribe(self.spec, sink, lost)
+        except BaseException:
+            # What still runs may have begun to settle.
+            self.link.intake = before
+            waiting.ready.set()
+            raise
         if killpoints.armed():
-            self._intake.settle = killpoints.around("settle", self._intake.settle)  # type: ignore[method-assign]
-        self.link.intake = self._intake
+            intake.settle = killpoints.around("settle", intake.settle)  # type: ignore[method-assign]
+        self.link.intake = intake
         waiting.ready.set()
+        if self.state is SubscriptionState.STOPPED:  # while the driver was at it
+            await intake.close()
+            return
+        self._intake = intake
         self.state = SubscriptionState.RUNNING
+        if waiting.lost is not None:
+            self._lost(waiting.lost)
 
     def _key(self) -> Callable[[Any], Hashable] | None:
         """The function from a raw message to the key whose order is kept."""
@@ -225,27 +255,35 @@ class Subscription:
             )
             self._recovery = asyncio.create_task(self._recover(), name=f"{self.name}-recovery")
 
+    def _is(self, state: SubscriptionState) -> bool:
+        """Asked anew after each wait: others change the state meanwhile."""
+        return self.state is state
+
     async def _recover(self) -> None:
         attempt = 0
-        while self.state is SubscriptionState.RETRYING:
+        while self._is(SubscriptionState.RETRYING):
             attempt += 1
             await self.broker.clock.sleep(_RECOVERY(attempt))
-            try:
-                if self._intake is not None:
-                    await self._intake.close()
-                    self._intake = None
-                await self.broker.driver.declare([self.spec])
-                await self._subscribe(self._sink)
-            except Exception as error:
-                if attempt == 1:
-                    log_line(self.broker.logger, "warning", f"{self.name}: not back yet: {error}")
-                continue
+            async with self._changing:
+                if not self._is(SubscriptionState.RETRYING):
+                    return
+                try:
+                    if self._intake is not None:
+                        await self._intake.close()
+                        self._intake = None
+                    await self.broker.driver.declare([self.spec])
+                    await self._subscribe(self._sink)
+                except Exception as error:
+                    if attempt == 1:
+                        text = f"{self.name}: not back yet: {error}"
+                        log_line(self.broker.logger, "warning", text)
+                    continue
             log_line(self.broker.logger, "info", f"{self.name}: back on {self.spec.destination}")
 
     async def _keep(self, interval: float) -> None:
         """Push back the ack deadlines of what runs, or waits, longer than half of them."""
-        seen: set[Message[Any]] = set()
         while True:
+            seen = set(self._looked_at())
             await self.broker.clock.sleep(interval / 2)
             try:
                 for message in list(self.running):
@@ -256,33 +294,55 @@ class Subscription:
             except Exception as error:
                 text = f"{self.name}: cannot extend a deadline: {error}"
                 log_line(self.broker.logger, "warning", text)
-            seen = set(self.running)
+
+    def _looked_at(self) -> dict[Message[Any], float]:
+        """The messages that run, and since when at least: it is looked at now and then, so
+        that no message has to pay for it."""
+        now = self.broker.clock.now()
+        self._since = {message: self._since.get(message, now) for message in self.running}
+        return self._since
 
     async def pause(self, reason: str = "asked for") -> None:
         """Stop taking messages; those that wait are handed back, those that run finish."""
-        if self.state is SubscriptionState.RUNNING:
+        async with self._changing:
+            if self.state is SubscriptionState.PAUSED:
+                self.note = reason
+            if self.state not in (SubscriptionState.RUNNING, SubscriptionState.RETRYING):
+                return
+            if self._recovery is not None:
+                self._recovery.cancel()
             self.state, self.note = SubscriptionState.PAUSED, reason
             await self._stop_intake()
-            if self._intake is not None:
-                await self._idle_before(self.broker.clock.now() + self.broker.graceful_timeout)
-                await self._intake.close()
-                self._intake = None
+            await self._idle_before(self.broker.clock.now() + self.broker.graceful_timeout)
+            intake, self._intake = self._intake, None
+            if intake is not None:
+                await intake.close()
 
     async def resume(self) -> None:
-        """Take messages again."""
-        if self.state is SubscriptionState.PAUSED:
-            self.state, self.note = SubscriptionState.STARTING, ""
-            await self._subscribe(self._sink)
+        """Take messages again; where the broker is away, as soon as it is back."""
+        async with self._changing:
+            if self.state is SubscriptionState.PAUSED:
+                self.state, self.note = SubscriptionState.STARTING, ""
+                try:
+                    await self._subscribe(self._sink)
+                except Exception as error:
+                    self._lost(error)
 
     async def _stop_intake(self) -> None:
         """No new message after this; what waits goes back where the source can take it back."""
         if self._intake is not None:
             self.returned += await self._intake.pause()
-        if self._lanes is not None and Capability.NACK in self.spec.capabilities:
-            while back := self._lanes.take_back():
-                for raw in back:
-                    await self.link.intake.settle(raw, Settlement.NACK, 0.0)  # type: ignore[union-attr]
-                    self.returned += 1
+        lanes = self._lanes
+        if lanes is not None and Capability.NACK in self.spec.capabilities:
+            while lanes.waiting:
+                for raw in lanes.take_back():
+                    try:
+                        await self.link.intake.settle(raw, Settlement.NACK, 0.0)  # type: ignore[union-attr]
+                        self.returned += 1
+                    except Exception as error:  # it comes back by its deadline
+                        log_error(
+                            self.broker.logger, f"{self.name}: cannot hand back: {error}", error
+                        )
                 await asyncio.sleep(0)  # what waited for room in the lanes is in them now
 
     async def end_with(self, message: Message[Any], *, stop: bool) -> None:
@@ -296,18 +356,28 @@ class Subscription:
     async def _idle_before(self, deadline: float) -> None:
         """Wait until nothing runs, or the deadline (clock time) is there."""
         clock = self.broker.clock
-        self.idle = asyncio.Event()
-        timer = clock.call_later(max(deadline - clock.now(), 0.0), self.idle.set)
+        idle = self.idle = self.idle or asyncio.Event()
+        self._draining += 1
+        over = deadline <= clock.now()
+
+        def end() -> None:  # a timer may be early by a clock tick, so the time is not asked again
+            nonlocal over
+            over = True
+            idle.set()
+
+        timer = clock.call_later(max(deadline - clock.now(), 0.0), end)
         try:
             while self.in_flight or (self._lanes is not None and not self._lanes.idle):
-                if self._now or clock.now() >= deadline:
+                if self._now or over:
                     return
-                self.idle.clear()
-                await self.idle.wait()
+                idle.clear()
+                await idle.wait()
                 await asyncio.sleep(0)  # the lane that just finished takes its next item
         finally:
             timer.cancel()
-            self.idle = None
+            self._draining -= 1
+            if not self._draining:
+                self.idle = None
 
     def hurry(self) -> None:
         """End a running drain now."""
@@ -347,14 +417,32 @@ class Subscription:
             self._lanes = None
         if self._intake is not None:
             await self._intake.close()
+        if self.in_flight:
+            log_line(
+                self.broker.logger,
+                "error",
+                f"{self.name}: still runs although it was cancelled; {self.in_flight} left behind",
+            )
         if self._keeper is not None:
             self._keeper.cancel()
         self._intake = None
         self.finished += self.handled - handled
 
+    async def ask_lag(self) -> None:
+        """Ask the broker how many messages wait there."""
+        self.lag = None
+        if self._intake is not None:
+            with contextlib.suppress(Exception):  # no answer is no lag, and no reason to fail
+                self.lag = await self._intake.lag()
+
     def health(self) -> dict[str, Any]:
-        """State and progress, for people and probes."""
+        """State and progress, for people and probes; ages are in seconds.
+
+        ``oldest_unsettled`` is known of sources whose ack deadline is kept up, to within a
+        quarter of it; ``lag`` is as of the last :meth:`ask_lag`.
+        """
         now = self.broker.clock.now()
+        open_ = [since for m, since in self._looked_at().items() if m.settled is None]
         return {
             "source": self.spec.destination,
             "handler": self.name,
@@ -366,4 +454,6 @@ class Subscription:
             "seconds_since_last_message": round(now - self.last_message, 3)
             if self.last_message
             else None,
+            "oldest_unsettled": round(now - min(open_), 3) if open_ else None,
+            "lag": self.lag,
         }

@@ -156,6 +156,9 @@ class Server(ABC):
     def suspend(self) -> None:
         """Freeze it: connections stay open and nothing answers."""
         os.kill(self.pid, signal.SIGSTOP)
+        state = Path(f"/proc/{self.pid}/stat")
+        while state.exists() and ") T" not in state.read_text():
+            time.sleep(0.001)  # the kernel stops its threads one by one
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)

@@ -31,11 +31,30 @@ CLIENTS = (
 )
 
 
-def _load(target: str, app_dir: str, factory: bool) -> Target:
+def console_of_stdout() -> Console:
+    """Where tables go."""
+    # Not for people at a terminal: long lines are better than broken words.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """A table without lines; the columns of ``right`` hold numbers."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return table
+
+
+def print_json(value: Any) -> None:
+    """Print a value for programs."""
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def load(target: str, app_dir: str, factory: bool) -> Target:
     return asyncio.run(find(target, app_dir=app_dir, factory=factory).build())
 
 
-def _plural(count: int, word: str) -> str:
+def plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
@@ -54,20 +73,20 @@ def _compile(brokers: Sequence[Broker]) -> list[SetupError]:
 
 def check(target: str, app_dir: str, factory: bool) -> int:
     """Print every wrong declaration; returns the exit code."""
-    found = _load(target, app_dir, factory)
+    found = load(target, app_dir, factory)
     brokers = found.brokers
     errors = _compile(brokers)
     for error in errors:
         _print_error(error)
     if errors:
-        print(f"{found.title}: {_plural(len(errors), 'error')}", file=sys.stderr)
+        print(f"{found.title}: {plural(len(errors), 'error')}", file=sys.stderr)
         return 1
     if not brokers:
         return fail(f"{found.title} has no broker")
     parts = (
-        _plural(sum(len(b.subscriptions) for b in brokers), "subscription"),
-        _plural(sum(len(b.publications) for b in brokers), "publisher"),
-        _plural(len(brokers), "broker"),
+        plural(sum(len(b.subscriptions) for b in brokers), "subscription"),
+        plural(sum(len(b.publications) for b in brokers), "publisher"),
+        plural(len(brokers), "broker"),
     )
     print(f"{styled('OK', '1;32')} {found.title}: {', '.join(parts)}")
     return 0
@@ -123,17 +142,16 @@ def _table_of(broker: Broker) -> dict[str, Any]:
 
 def show(target: str, app_dir: str, factory: bool, *, json: bool) -> int:
     """Print what the target subscribes to and publishes; returns the exit code."""
-    found = _load(target, app_dir, factory)
+    found = load(target, app_dir, factory)
     brokers = found.brokers
     for error in (errors := _compile(brokers)):
         _print_error(error)
     listed = [_table_of(broker) for broker in brokers]
     if json:
         whole = {"target": found.name, "type": type(found.object).__name__, "brokers": listed}
-        print(msgspec.json.format(msgspec.json.encode(whole), indent=2).decode())
+        print_json(whole)
         return 1 if errors else 0
-    # Not for people at a terminal: long lines are better than broken words.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = console_of_stdout()
     if not brokers:
         console.print(f"{escape(found.title)} has no broker")
     for broker in listed:
@@ -150,9 +168,8 @@ def _print_subscriptions(console: Console, subscriptions: list[dict[str, Any]]) 
     if not subscriptions:
         console.print("[dim]no subscriptions[/]")
         return
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("source", "handler", "delivery", "at once", "publishes to", "dead letter"):
-        table.add_column(name, justify="right" if name == "at once" else "left", overflow="fold")
+    columns = ("source", "handler", "delivery", "at once", "publishes to", "dead letter")
+    table = plain_table(*columns, right=["at once"])
     for one in subscriptions:
         good = "green" if one["guarantee"] == "at-least-once" else "yellow"
         delivery = f"[{good}]{one['guarantee']}[/]"
@@ -186,7 +203,7 @@ def publish(
     """Publish one message, print the receipt or the reply; returns the exit code."""
     text = sys.stdin.read() if message == "-" else message
     body = _body(text)
-    found = _load(target, app_dir, factory)
+    found = load(target, app_dir, factory)
     brokers = found.brokers
     if not brokers:
         raise TargetError(f"{found.title} has no broker to publish with")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..errors import MillstreamError
+from .arguments import USAGE, AppDir, Factory, Json, TargetArg, guarded, leave, posix
+from .dlq import dlq
 from .output import fail
-
-USAGE = 2
 
 cli = typer.Typer(
     name="millstream",
@@ -20,24 +17,12 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+cli.add_typer(dlq)
 
 _SERVER = "Server (HTTP targets)"
 _LOGS = "Logging"
 _RELOAD = "Reload"
 
-TargetArg = Annotated[
-    str, typer.Argument(metavar="TARGET", help="[bold]module:name[/] of the application.")
-]
-AppDir = Annotated[
-    str,
-    typer.Option(envvar="MILLSTREAM_APP_DIR", metavar="DIR", help="Where modules are looked for."),
-]
-Factory = Annotated[
-    bool,
-    typer.Option(
-        "--factory", "-f", envvar="MILLSTREAM_FACTORY", help="TARGET is a function to call."
-    ),
-]
 Host = Annotated[
     str | None,
     typer.Option(
@@ -179,6 +164,17 @@ def run(
     log_level: LogLevel = None,
     log_config: LogConfig = None,
     log_json: LogJson = False,
+    health_socket: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MILLSTREAM_HEALTH_SOCKET",
+            metavar="PATH",
+            help="Where `millstream health` asks a plain application; its own path by default.",
+        ),
+    ] = None,
+    no_health_socket: Annotated[
+        bool, typer.Option("--no-health-socket", help="Do not answer `millstream health`.")
+    ] = False,
     app_dir: AppDir = ".",
     factory: Factory = False,
 ) -> None:
@@ -201,22 +197,25 @@ def run(
         log_level=log_level,
         log_config=log_config,
         log_json=log_json,
+        health_socket=health_socket,
+        no_health_socket=no_health_socket,
         extra=list(context.args),
     )
-    _exit_on_error(options.check)
+    if code := guarded(options.check):
+        leave(code)
     if reload and workers > 1:
-        _exit(fail("--reload watches one process; leave --workers out", USAGE))
+        leave(fail("--reload watches one process; leave --workers out", USAGE))
     if reload or workers > 1:
-        _posix("--reload and --workers")
+        posix("--reload and --workers")
     if reload:
         from .reload import watch
 
-        _exit(_guarded(lambda: watch(options, directories=reload_dir or (), extensions=ext or ())))
+        leave(guarded(lambda: watch(options, directories=reload_dir or (), extensions=ext or ())))
     if workers > 1:
         from .workers import supervise
 
-        _exit(_guarded(lambda: supervise(options, workers)))
-    _exit(_guarded(lambda: runner.execute(options)))
+        leave(guarded(lambda: supervise(options, workers)))
+    leave(guarded(lambda: runner.execute(options)))
 
 
 @cli.command(context_settings=_EXTRA)
@@ -238,7 +237,7 @@ def dev(
     from .dev import develop
     from .options import RunOptions
 
-    _posix("dev")
+    posix("dev")
     options = RunOptions(
         target=target,
         app_dir=app_dir,
@@ -252,8 +251,9 @@ def dev(
         extra=list(context.args),
         dev=True,
     )
-    _exit_on_error(options.check)
-    _exit(_guarded(lambda: develop(options, directories=reload_dir or (), extensions=ext or ())))
+    if code := guarded(options.check):
+        leave(code)
+    leave(guarded(lambda: develop(options, directories=reload_dir or (), extensions=ext or ())))
 
 
 @cli.command()
@@ -261,20 +261,20 @@ def check(target: TargetArg, app_dir: AppDir = ".", factory: Factory = False) ->
     """Find wrong declarations, all in one go and without a broker."""
     from .inspect import check as command
 
-    _exit(_guarded(lambda: command(target, app_dir, factory)))
+    leave(guarded(lambda: command(target, app_dir, factory)))
 
 
 @cli.command()
 def show(
     target: TargetArg,
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    json: Json = False,
     app_dir: AppDir = ".",
     factory: Factory = False,
 ) -> None:
     """List subscriptions and publishers."""
     from .inspect import show as command
 
-    _exit(_guarded(lambda: command(target, app_dir, factory, json=json)))
+    leave(guarded(lambda: command(target, app_dir, factory, json=json)))
 
 
 @cli.command(context_settings=_EXTRA)
@@ -304,8 +304,8 @@ def publish(
     """
     from .inspect import publish as command
 
-    _exit(
-        _guarded(
+    leave(
+        guarded(
             lambda: command(
                 target,
                 message,
@@ -322,43 +322,35 @@ def publish(
 
 
 @cli.command()
+def health(
+    path: Annotated[
+        str | None,
+        typer.Option(
+            "--socket",
+            envvar="MILLSTREAM_HEALTH_SOCKET",
+            metavar="PATH",
+            help="Of the process; by default all processes of this user are asked.",
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds to wait for an answer.")] = 3.0,
+    json: Json = False,
+) -> None:
+    """Ask running plain applications how they are.
+
+    The exit code is 0 if all are ready, 1 if one is not or does not answer, 2 if there is none.
+    """
+    posix("health")
+    from .health import health as command
+
+    leave(guarded(lambda: command(path, timeout, json=json)))
+
+
+@cli.command()
 def version() -> None:
     """Print the versions of what is installed."""
     from .inspect import versions
 
-    _exit(versions())
-
-
-def _posix(what: str) -> None:
-    if os.name != "posix":
-        _exit(fail(f"{what}: only on Linux and macOS", USAGE))
-
-
-def _guarded(call: Callable[[], int]) -> int:
-    """The command's exit code; errors that were foreseen become one message."""
-    from .target import TargetError
-
-    try:
-        return call()
-    except TargetError as error:
-        return fail(error, USAGE)
-    except MillstreamError as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        return 130
-
-
-def _exit_on_error(check: Callable[[], None]) -> None:
-    def call() -> int:
-        check()
-        return 0
-
-    if code := _guarded(call):
-        _exit(code)
-
-
-def _exit(code: int) -> Any:
-    raise typer.Exit(code)
+    leave(versions())
 
 
 def main() -> None:

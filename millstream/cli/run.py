@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import signal
+import sys
+import threading
+import time
 import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -13,6 +17,7 @@ from typing import Any
 from .. import logging as setup
 from ..app import Millstream
 from ..errors import ConnectError, MillstreamError, SetupError
+from .answering import answering
 from .child import Channel, Hello
 from .options import RunOptions
 from .output import fail
@@ -22,6 +27,41 @@ from .target import Target, TargetError, UserCodeError, find, own_traceback
 log = logging.getLogger("millstream.run")
 #: Exit codes.
 OK, FAILED, USAGE = 0, 1, 2
+#: Seconds that tasks and threads may go on after the application's end, at least.
+LEAVE = 0.25
+
+
+class _Limit:
+    """Ends the process with the drain, whatever a handler left behind: a thread, or a task
+    that swallows its cancellation, would keep it for as long as it likes."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def begin(self) -> None:
+        """The drain begins."""
+        self._began = time.monotonic()
+
+    def arm(self, grace: float) -> None:
+        """Everything orderly is done; ``grace`` seconds were given for it from the drain on."""
+        left = max(self._began + grace - time.monotonic(), LEAVE)
+        self._timer = threading.Timer(left, self._leave)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _leave(self) -> None:
+        log.error("something of a handler still runs after the end; leaving without it")
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(FAILED)
 
 
 def execute(options: RunOptions, channel: Channel | None = None) -> int:
@@ -31,10 +71,11 @@ def execute(options: RunOptions, channel: Channel | None = None) -> int:
         options: what the command line said.
         channel: the way to the supervisor, in a process that it started.
     """
+    limit = _Limit()
     try:
         found = find(options.target, app_dir=options.app_dir, factory=options.factory)
-        with asyncio.Runner(loop_factory=loop_factory(options.loop)) as runner:
-            return runner.run(_run(found.build, options, channel))
+        with limit, asyncio.Runner(loop_factory=loop_factory(options.loop)) as runner:
+            return runner.run(_run(found.build, options, channel, limit))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except asyncio.CancelledError:  # stopped by a signal before it was up
@@ -98,7 +139,10 @@ def configure_logging(options: RunOptions) -> None:
 
 
 async def _run(
-    build: Callable[[], Awaitable[Target]], options: RunOptions, channel: Channel | None
+    build: Callable[[], Awaitable[Target]],
+    options: RunOptions,
+    channel: Channel | None,
+    limit: _Limit,
 ) -> int:
     target = await build()
     configure_logging(options)
@@ -117,7 +161,10 @@ async def _run(
     if channel is not None:
         channel.hello(hello)
         channel.watch()
-    return await _run_app(target, options, channel)
+    target.app.on_shutdown(limit.begin)
+    code = await _run_app(target, options, channel)
+    limit.arm(grace)
+    return code
 
 
 async def _run_app(target: Target, options: RunOptions, channel: Channel | None) -> int:
@@ -127,7 +174,8 @@ async def _run_app(target: Target, options: RunOptions, channel: Channel | None)
     startup = options.startup()
     for name in _unused(app, startup):
         log.warning("no start-up hook takes --%s", name.replace("_", "-"))
-    await app.run(**startup)
+    async with answering(app, options):
+        await app.run(**startup)
     return OK
 
 

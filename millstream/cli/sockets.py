@@ -1,4 +1,4 @@
-"""The listening socket of HTTP targets."""
+"""Listening sockets: of HTTP targets, and Unix sockets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def listen(host: str, port: int, uds: str | None = None) -> socket.socket:
         BindError: the address is in use, not allowed, or not of this machine.
     """
     if uds:
-        return _listen_unix(uds)
+        return listen_unix(uds, 0o666, "--uds")  # as uvicorn: others' proxies have to reach it
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -48,22 +48,27 @@ def listen(host: str, port: int, uds: str | None = None) -> socket.socket:
     return sock
 
 
-def _listen_unix(path: str) -> socket.socket:
+def listen_unix(path: str, mode: int, option: str) -> socket.socket:
+    """A socket that listens at a path; ``option`` is what the user calls it.
+
+    Raises:
+        BindError: somebody listens there, or it cannot be made.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if os.path.exists(path):
             if not stat.S_ISSOCK(os.stat(path).st_mode):
-                raise BindError(f"--uds {path}: exists and is no socket")
+                raise BindError(f"{option} {path}: exists and is no socket")
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
                 probe.connect(path)
-                raise BindError(f"--uds {path}: is in use")
+                raise BindError(f"{option} {path}: is in use")
             os.unlink(path)  # left behind by a process that was killed
         sock.bind(path)
-        os.chmod(path, 0o666)  # as uvicorn does: a proxy of another user has to reach it
+        os.chmod(path, mode)
         sock.listen(2048)
     except OSError as error:
         sock.close()
-        raise BindError(f"--uds {path}: {error.strerror or error}") from None
+        raise BindError(f"{option} {path}: {error.strerror or error}") from None
     except BindError:
         sock.close()
         raise

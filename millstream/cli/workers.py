@@ -109,7 +109,7 @@ class Worker:
             ready.cancel()
             code = await exit
             if boss.stopping.is_set():
-                boss.codes.append(code)
+                boss.codes.append(OK if code == -signal.SIGTERM and boss.forced else code)
                 return
             if self.replacing:
                 self.replacing = False
@@ -157,7 +157,8 @@ class Supervisor:
         self.codes: list[int] = []
         self._first_up = asyncio.Event()
         self._roll: asyncio.Task[None] | None = None
-        self._forced = False
+        #: Told twice to stop: the second signal may reach a process that was about to leave.
+        self.forced = False
 
     def up(self, worker: Worker) -> None:
         """A worker is ready."""
@@ -190,7 +191,7 @@ class Supervisor:
             log.info("stopping %d workers", len(self.workers))
             self.stop(OK)
             return
-        self._forced = True
+        self.forced = True
         for worker in self.workers:
             if worker.child is not None:
                 worker.child.terminate()
@@ -247,7 +248,7 @@ class Supervisor:
         graces = [worker.child.grace for worker in self.workers if worker.child is not None]
         deadline = loop.time() + max(graces, default=MARGIN)
         while pending := [task for task in tasks if not task.done()]:
-            if self._forced:
+            if self.forced:
                 deadline = min(deadline, loop.time() + 2.0)
             await asyncio.wait(pending, timeout=0.1)
             if loop.time() > deadline:

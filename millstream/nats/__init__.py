@@ -27,6 +27,7 @@ from nats.js.api import (
 )
 
 from .broker import NatsBroker, NatsPublisher, NatsRoute, NatsRouter
+from .dedup import NatsKvDedup
 from .driver import NatsDriver
 from .message import NatsBatchMessage, NatsKvMessage, NatsMessage, NatsObjMessage
 from .options import JStream, KvWatch, ObjWatch, PullSub, Schedule
@@ -57,6 +58,7 @@ __all__ = [
     "NatsCredentials",
     "NatsDriver",
     "NatsJWT",
+    "NatsKvDedup",
     "NatsKvMessage",
     "NatsMessage",
     "NatsNKey",

@@ -50,6 +50,7 @@ from .connection import (
 )
 from .flow import CoreFlow, Flow, log
 from .jetstream import PullFlow, PushFlow, StreamFlow
+from .letters import NatsLetters
 from .message import NatsMessage
 from .options import SYNTAX, NatsPublish, NatsSubscription
 from .replies import Replies
@@ -525,9 +526,14 @@ class NatsDriver:
     def reply_envelope(self) -> type[Message[Any]]:
         return NatsMessage
 
-    async def dead_letter(self, spec: SubscriptionSpec, name: str | None) -> str:
+    async def dead_letter(
+        self, spec: SubscriptionSpec, name: str | None, *, declare: bool = True
+    ) -> str:
         assert isinstance(spec, NatsSubscription)
-        return await self.streams.dead_letter(spec, name)
+        return await self.streams.dead_letter(spec, name, declare=declare)
+
+    def letters(self, address: str) -> NatsLetters:
+        return NatsLetters(self, address)
 
 
 _CALLBACKS = (

@@ -13,7 +13,7 @@ from nats.aio.subscription import DEFAULT_SUB_PENDING_BYTES_LIMIT, DEFAULT_SUB_P
 from nats.aio.subscription import Subscription as ClientSubscription
 
 from ..ack import Settlement
-from ..driver import Sink
+from ..driver import CANCELLED, Sink
 
 if TYPE_CHECKING:
     from .driver import NatsDriver
@@ -134,7 +134,7 @@ class Flow:
         await self._leave()
         if asyncio.current_task() is not self._task:
             self._task.cancel()
-            await asyncio.wait([self._task])
+            await asyncio.wait([self._task], timeout=CANCELLED)
 
     async def settle(
         self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
@@ -143,6 +143,10 @@ class Flow:
 
     async def touch(self, raw: Any, /) -> None:
         """No deadline to push back."""
+
+    async def lag(self) -> int | None:
+        """Messages that wait at the server; core NATS keeps none."""
+        return None
 
 
 class CoreFlow(Flow):

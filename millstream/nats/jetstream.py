@@ -97,6 +97,11 @@ class StreamFlow(Flow):
         if self.acknowledged:
             await self.driver.send(raw.reply, PROGRESS)
 
+    async def lag(self) -> int | None:
+        consumer = self.consumer
+        info = await self.driver.api(f"CONSUMER.INFO.{consumer.stream}.{consumer.name}")
+        return int(info["num_pending"]) + len(self.waiting)
+
     # Deadlines and signs of life
 
     async def _keep(self) -> None:
@@ -330,7 +335,9 @@ class PullFlow(StreamFlow):
     def _status(self, headers: dict[str, str]) -> None:
         """A message of the server about our requests (ADR-13, ADR-37)."""
         self.heard = self.driver.clock.now()
+        # nats-py takes the headers behind a bare code for its description.
         code, text = headers.get("Status", ""), headers.get("Description", "").lower()
+        text = text.partition("\n")[0].strip()
         if code == "100":  # idle heartbeat
             self._failures = 0
             return

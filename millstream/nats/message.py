@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nats.aio.msg import Msg
 from nats.js.api import ObjectInfo
 from nats.js.kv import KeyValue
 
 from ..ack import Settlement
+from ..letters import REPLAY_TO
 from ..message import BatchMessage, Message
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ class NatsMessage(Message[Msg]):
     """A message of core NATS; ``raw`` is nats-py's ``Msg``."""
 
     __slots__ = ()
+    marked: ClassVar[Any] = property(operator.attrgetter("raw.headers"))
 
     @property
     def body(self) -> bytes:
@@ -75,7 +78,10 @@ class NatsStreamMessage(NatsMessage):
         return int(ack_tokens(self.raw.reply)[2])
 
     @property
-    def redelivered(self) -> bool:
+    def unusual(self) -> bool:
+        headers = self.raw.headers
+        if headers is not None and REPLAY_TO in headers:
+            return True
         return ack_tokens(self.raw.reply)[2] != "1"
 
     @property
@@ -102,6 +108,7 @@ class NatsKvMessage(Message[KeyValue.Entry]):
     """A change of a watched key; ``raw`` is nats-py's ``KeyValue.Entry``."""
 
     __slots__ = ()
+    marked: ClassVar[Any] = None
 
     @property
     def body(self) -> bytes:
@@ -139,6 +146,7 @@ class NatsObjMessage(Message[ObjectInfo]):
     """A change in a watched object store; the body is the object's name."""
 
     __slots__ = ()
+    marked: ClassVar[Any] = None
 
     @property
     def body(self) -> bytes:

@@ -178,8 +178,10 @@ class Streams:
 
     # Dead letters
 
-    async def dead_letter(self, spec: NatsSubscription, name: str | None) -> str:
-        """Find and prepare the address of a subscription's dead letters.
+    async def dead_letter(
+        self, spec: NatsSubscription, name: str | None, *, declare: bool = True
+    ) -> str:
+        """Find the address of a subscription's dead letters, and with ``declare`` prepare it.
 
         The default is ``{stream}.dlq``, or the subject with ``.dlq`` behind it on core NATS.
         Where the subscription itself, or its stream, would take that address in again, the
@@ -204,17 +206,23 @@ class Streams:
                 fix="set dead_letter= to None, or read fewer subjects",
             )
         try:
-            return await self._keep(choices, spec.stream_name, wanted=name is not None)
+            return await self._keep(
+                choices, spec.stream_name, wanted=name is not None, declare=declare
+            )
         except NoJetStream as error:
             if name is not None:
                 raise
             log.warning("nothing keeps what is sent to %r: %s", choices[0], error.what)
             return choices[0]
 
-    async def _keep(self, choices: Sequence[str], source: str | None, *, wanted: bool) -> str:
+    async def _keep(
+        self, choices: Sequence[str], source: str | None, *, wanted: bool, declare: bool
+    ) -> str:
         for address in choices:
             owner = await self.owner(address)
             if owner is None:
+                if not declare:
+                    return address
                 name = re.sub(r"[\s.*>/\\]+", "_", address)
                 self.wanted[name] = kept = Wanted(name)
                 kept.subjects = [address]

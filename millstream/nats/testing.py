@@ -153,7 +153,7 @@ class NatsMemoryDriver(MemoryDriver):
                 return name
         return None
 
-    async def dead_letter(self, spec: Any, name: str | None) -> str:
+    async def dead_letter(self, spec: Any, name: str | None, *, declare: bool = True) -> str:
         own = spec.filters or (["*", ">"] if spec.stream_name else [])
         source = spec.stream_name or _literal(spec.subject)
         choices = [name] if name else [f"{source}.dlq", f"dlq.{source}", f"_dlq.{source}"]
@@ -161,9 +161,9 @@ class NatsMemoryDriver(MemoryDriver):
             if any(overlap(subject, address) for subject in own):
                 continue
             owner = self.owner(address)
-            if owner is None:
+            if owner is None and declare:
                 self.bus.keep(re.sub(r"[\s.*>/\\]+", "_", address), [SYNTAX.compile(address)])
-            elif owner == spec.stream_name and name is None:
+            elif owner is not None and owner == spec.stream_name and name is None:
                 continue
             return address
         raise SetupError(

@@ -22,6 +22,7 @@ from millstream.driver import (
     SubscriptionSpec,
 )
 from millstream.endpoints import Endpoints, asks, declares, produces, sends
+from millstream.memory import MemoryDriver, MemoryLetters
 from millstream.message import Message
 
 
@@ -50,7 +51,7 @@ class FakeMessage(Message[Raw]):
         return self.raw.subject
 
     @property
-    def redelivered(self) -> bool:
+    def unusual(self) -> bool:
         return False
 
 
@@ -130,6 +131,9 @@ class FakeIntake:
     async def touch(self, raw: Any, /) -> None:
         pass
 
+    async def lag(self) -> int | None:
+        return None
+
 
 class FakeDriver:
     name: ClassVar[str] = "fake"
@@ -176,8 +180,13 @@ class FakeDriver:
     def reply_envelope(self) -> type[Message[Any]]:
         return FakeMessage
 
-    async def dead_letter(self, spec: SubscriptionSpec, name: str | None) -> str:
+    async def dead_letter(
+        self, spec: SubscriptionSpec, name: str | None, *, declare: bool = True
+    ) -> str:
         return name or f"{spec.destination}.dlq"
+
+    def letters(self, address: str) -> MemoryLetters:
+        return MemoryLetters(MemoryDriver(), address)
 
 
 class FakeEndpoints(Endpoints):

@@ -46,6 +46,7 @@ async def test_a_watch_begins_with_the_latest_values(bench):
     await kv.put("b.x", b"other")
     taken = await bench.subscribe("a.{who}", kv_watch=name)
     await kv.put("a.y", b"3")
+    await taken.count(2)  # a purge removes what was not delivered yet
     await kv.delete("a.x")
     await kv.purge("a.y")
     await taken.count(4)
