@@ -1,6 +1,6 @@
 """What the behaviours are tried on: a broker of some kind, its addresses and its time.
 
-A new broker adds one `Kind` to KINDS in `kinds.py` and nothing else.
+A new broker adds a module with its `Kind`s to the package `kinds` and nothing else.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,3 +128,15 @@ class Bench:
         task = asyncio.ensure_future(work)
         await self.until(task.done, seconds)
         return await task
+
+
+@asynccontextmanager
+async def started(bench: Bench) -> AsyncIterator[None]:
+    """The brokers run by themselves."""
+    try:
+        for broker in bench.brokers:
+            await broker.start()
+        yield
+    finally:
+        for broker in bench.brokers:
+            await broker.stop()

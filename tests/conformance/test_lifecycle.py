@@ -91,6 +91,27 @@ async def test_stop_consume_ends_the_subscription(bench: Bench) -> None:
     assert got == [1, 2]
 
 
+@needs(Capability.ACK)
+async def test_stop_consume_takes_nothing_that_waits_already(bench: Bench) -> None:
+    got: list[int] = []
+    all_there = asyncio.Event()
+
+    @bench.subscriber(bench.address("waiting"))
+    async def handler(body: int) -> None:
+        got.append(body)
+        await all_there.wait()
+        raise StopConsume
+
+    await bench.start()
+    for i in range(20):
+        await bench.broker.publish(i, bench.address("waiting"), **bench.stored)
+    await bench.until(lambda: got)
+    all_there.set()
+    [subscription] = bench.broker.subscriptions
+    await bench.until(lambda: "stopped" in str(subscription.state).lower())
+    assert got == [0]
+
+
 async def test_a_paused_subscription_takes_nothing_until_it_is_resumed(bench: Bench) -> None:
     got: list[int] = []
 

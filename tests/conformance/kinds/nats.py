@@ -1,4 +1,4 @@
-"""All kinds of sources that the behaviours are tried on."""
+"""NATS: core and JetStream, on a server and in memory."""
 
 from __future__ import annotations
 
@@ -7,45 +7,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from millstream.clock import VirtualClock
-from millstream.memory import MemoryBroker, MemoryBus, MemorySubscription
 from millstream.nats import ConsumerConfig, NatsBroker
 from millstream.nats.options import NatsSubscription
 from millstream.nats.testing import TestNatsBroker
-from tests.conformance.bench import Bench, Kind
-
-
-@asynccontextmanager
-async def started(bench: Bench) -> AsyncIterator[None]:
-    """The brokers run by themselves."""
-    try:
-        for broker in bench.brokers:
-            await broker.start()
-        yield
-    finally:
-        for broker in bench.brokers:
-            await broker.stop()
-
-
-# Memory
-
-
-def memory(bench: Bench) -> MemoryBroker:
-    bench.clock = bench.clock or VirtualClock()
-    bench.shared = bench.shared or MemoryBus()
-    broker = MemoryBroker(bench.shared, clock=bench.clock)
-    broker.driver.max_payload = 1_000_000
-    return broker
-
-
-def memory_plain(bench: Bench, address: str, group: str) -> dict[str, Any]:
-    return {"queue": group}
-
-
-def memory_durable(bench: Bench, address: str, group: str) -> dict[str, Any]:
-    return {"durable": f"{bench.prefix}-{group}", "ack_deadline": 2.0}
-
-
-# NATS
+from tests.conformance.bench import Bench, Kind, started
 
 
 def nats(bench: Bench) -> NatsBroker:
@@ -75,22 +40,6 @@ _CORE = NatsSubscription("a").capabilities
 _STREAM = NatsSubscription("a", stream="s", durable="d").capabilities
 
 KINDS = [
-    Kind(
-        "memory",
-        MemorySubscription("a").capabilities,
-        memory,
-        started,
-        memory_plain,
-        too_large=2_000_000,
-    ),
-    Kind(
-        "memory-durable",
-        MemorySubscription("a", durable="d").capabilities,
-        memory,
-        started,
-        memory_durable,
-        too_large=2_000_000,
-    ),
     Kind("test-nats", _CORE, nats, in_memory, nats_core, too_large=2_000_000),
     Kind(
         "test-jetstream",

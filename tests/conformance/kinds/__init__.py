@@ -1,0 +1,8 @@
+"""All kinds of sources that the behaviours are tried on, one module a broker."""
+
+from tests.conformance.bench import Kind
+from tests.conformance.kinds import memory, nats
+
+KINDS: list[Kind] = [*memory.KINDS, *nats.KINDS]
+
+__all__ = ["KINDS"]
