@@ -133,14 +133,12 @@ class Circuit:
         subscription.broker.spawn(self._rest())
 
     async def _rest(self) -> None:
-        note = f"circuit open for {self._pause:g} s"
-        await self.subscription.pause(note)
+        await self.subscription.halt(f"circuit open for {self._pause:g} s")
         await self.subscription.broker.clock.sleep(self._pause)
         if self.state == "open":
             self.state = "half open"
             self._free()
-            if self.subscription.note == note:  # else somebody paused it for another reason
-                await self.subscription.resume()
+            await self.subscription.go_on()
 
     def _close(self) -> None:
         self.state = "closed"

@@ -24,8 +24,6 @@ from .middleware import Call
 if TYPE_CHECKING:
     import sqlite3
 
-    from .broker import Broker
-
 #: What a store answers to a claim: run it, it is being run elsewhere, or it was done.
 Claim = Literal["mine", "busy", "done"]
 
@@ -93,12 +91,23 @@ class Dedup(msgspec.Struct, frozen=True):
         return value
 
 
-def deduplicating(dedup: Dedup, scope: str, broker: Broker, call: Call) -> Call:
-    """Wrap the handling of a message; ``scope`` keeps the keys of subscriptions apart."""
-    store = dedup.store or MemoryDedup(broker.clock)
+class Once:
+    """Runs ``call`` for messages that were not handled before.
 
-    async def once(message: Message[Any]) -> Any:
-        key = f"{scope}:{dedup.key_of(message)}"
+    Args:
+        dedup: what the user asked for.
+        scope: keeps the keys of subscriptions apart.
+        clock: the default store's.
+        call: the handling of a message.
+    """
+
+    def __init__(self, dedup: Dedup, scope: str, clock: Clock, call: Call) -> None:
+        self.dedup, self.scope, self.call = dedup, scope, call
+        self.store = dedup.store or MemoryDedup(clock)
+
+    async def run(self, message: Message[Any]) -> Any:
+        store, dedup = self.store, self.dedup
+        key = self._key(message)
         claim = await store.claim(key, dedup.lease)
         if claim == "done":
             return None
@@ -106,14 +115,23 @@ def deduplicating(dedup: Dedup, scope: str, broker: Broker, call: Call) -> Call:
             # Its twin may still fail: look again when its lease is over at the latest.
             raise NackMessage(delay=min(1.0, dedup.lease))
         try:
-            result = await call(message)
+            result = await self.call(message)
         except BaseException:
             await store.release(key)
             raise
         await store.done(key, dedup.ttl)
         return result
 
-    return once
+    async def missing(self, message: Message[Any]) -> bool:
+        """Whether a message was neither handled nor is at this moment."""
+        key = self._key(message)
+        claim = await self.store.claim(key, self.dedup.lease)
+        if claim == "mine":
+            await self.store.release(key)
+        return claim == "mine"
+
+    def _key(self, message: Message[Any]) -> str:
+        return f"{self.scope}:{self.dedup.key_of(message)}"
 
 
 class MemoryDedup:

@@ -15,7 +15,7 @@ from .ack import Settlement
 from .body import reader
 from .breaker import Circuit
 from .clock import Clock
-from .dedup import deduplicating
+from .dedup import Once
 from .driver import Capability, Sink
 from .errors import HandlerNotFound, SetupError, StopApplication
 from .log import log_error
@@ -59,7 +59,8 @@ class Delivery:
         failing = subscription.failing
         if self.spec.deduplicate is not None:
             call, respond = _both(call, respond), None
-            call = deduplicating(self.spec.deduplicate, self._key_scope(), self.broker, call)
+            failing.once = Once(self.spec.deduplicate, self._key_scope(), self.broker.clock, call)
+            call = failing.once.run
         if self.spec.breaker is not None:
             call = Circuit(self.spec.breaker, subscription).guard(call)
         if failing.retry_here:

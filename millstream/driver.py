@@ -266,6 +266,15 @@ class Intake(Protocol):
     async def touch(self, raw: Any, /) -> None:
         """Push back the ack deadline of a message that still runs."""
 
+    async def begun(self, raw: Any, /) -> bool:
+        """Note at the source that the last attempt at a message begins.
+
+        Returns whether that was noted before, so that the attempt ended with its process; the
+        number of deliveries cannot tell, since a message that was only fetched counts as well.
+        Asked only of sources that count deliveries; one that cannot keep notes says True.
+        """
+        ...
+
     async def lag(self) -> int | None:
         """Messages that wait at the broker for this source; None where it does not tell."""
         ...

@@ -14,6 +14,7 @@ import msgspec
 
 from . import killpoints
 from .ack import TABLE, UNSETTLED, AckPolicy, Row, Settlement
+from .dedup import Once
 from .driver import Capability
 from .errors import (
     AckMessage,
@@ -59,6 +60,8 @@ class Failures:
         self.count = self.dead_lettered = 0
         #: What a replayed message calls this subscription.
         self.identity = one_line(f"{self.name}@{self.spec.destination}")
+        #: What keeps handled messages from being handled again, if there is such a thing.
+        self.once: Once | None = None
         self._address: str | None = None
         self._send_letter = killpoints.around("dead_letter", self.broker.driver.publish)
         self._allowed, self._logged, self._unsaid = float(_BURST), 0.0, 0
@@ -189,14 +192,19 @@ class Failures:
         return True
 
     async def _crashed(self, message: Message[Any]) -> bool:
-        """Bury a message that was begun as often as allowed and never ended.
+        """Bury a message whose last attempt was begun and never ended.
 
-        Its earlier attempts ended neither well nor with an error: they took their process
-        down with them.
+        It ended neither well nor with an error: it took its process down with it. Where the
+        note of that is lost, twice as many deliveries as attempts have to do.
         """
-        attempt = message.attempt
-        if attempt <= self.retry.attempts:
+        attempt, most, intake = message.attempt, self.retry.attempts, message.link.intake
+        if attempt < most or intake is None:
             return False
+        begun = await intake.begun(message.raw)
+        if attempt == most or not (begun or attempt > 2 * most):
+            return False
+        if self.once is not None and not await self.once.missing(message):
+            return False  # it was handled, and only its acknowledgement was lost
         error = CrashedWorker(f"{attempt - 1} attempts ended with the process that made them")
         self.count += 1
         if self.dead_letter is not None:
@@ -236,9 +244,12 @@ class Failures:
             await self._settle_as_told(message, error)
             return
         if isinstance(error, StopConsume | StopApplication):
-            self.broker.spawn(
-                self.subscription.end_with(message, stop=isinstance(error, StopConsume))
-            )
+            try:  # before anything else gets a turn: the next message may be here already
+                await self.subscription.take_no_more()
+            finally:
+                self.broker.spawn(
+                    self.subscription.end_with(message, stop=isinstance(error, StopConsume))
+                )
             if isinstance(error, StopApplication):
                 self.broker.stop_application()
             return

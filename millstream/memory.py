@@ -100,7 +100,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 class Entry:
     """One message on its way to one taker: a plain subscription, or a store."""
 
-    __slots__ = ("cause", "count", "current", "done", "record", "store", "timer")
+    __slots__ = ("begun", "cause", "count", "current", "done", "record", "store", "timer")
 
     def __init__(self, record: Record, store: Store | None = None) -> None:
         self.record = record
@@ -112,6 +112,8 @@ class Entry:
         #: The ack deadline, or the delay before a redelivery.
         self.timer: Timer | None = None
         self.done = False
+        #: Whether its last attempt has begun.
+        self.begun = False
         #: Free for whoever watches the bus.
         self.cause: Any = None
 
@@ -449,6 +451,11 @@ class MemoryIntake:
         delivery: Delivery = getattr(raw, "delivery", raw)
         if delivery.entry.current is delivery:
             self._watch(delivery)
+
+    async def begun(self, raw: Any, /) -> bool:
+        entry = getattr(raw, "delivery", raw).entry
+        before, entry.begun = entry.begun, True
+        return bool(before)
 
     async def lag(self) -> int | None:
         return len(self.fetched) + (0 if self.store is None else len(self.store.ready))

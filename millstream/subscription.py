@@ -64,6 +64,11 @@ class _NotYet:
         assert self.link.intake is not None
         await self.link.intake.touch(raw)
 
+    async def begun(self, raw: Any, /) -> bool:
+        await self.ready.wait()
+        assert self.link.intake is not None
+        return await self.link.intake.begun(raw)
+
     async def lag(self) -> int | None:
         return None
 
@@ -106,6 +111,8 @@ class Subscription:
         self.idle: asyncio.Event | None = None
         self._limit: asyncio.Timeout | None = None
         self._now = False
+        #: Paused by its user, until its user resumes it.
+        self.held = False
         #: Held by whoever pauses, resumes or recovers: one at a time. A stop waits for none.
         self._changing = asyncio.Lock()
         self._draining = 0
@@ -180,7 +187,8 @@ class Subscription:
             sink = self._lanes.submit
         elif self._replaceable:
             sink = self._deliver_now
-        await self._subscribe(sink)
+        async with self._changing:
+            await self._subscribe(sink)
         wait = spec.ack_wait if Capability.TOUCH in spec.capabilities else None
         if wait is not None and self._intake is not None:
             self._keeper = asyncio.create_task(self._keep(wait / 2), name=f"{self.name}-keeper")
@@ -304,31 +312,44 @@ class Subscription:
 
     async def pause(self, reason: str = "asked for") -> None:
         """Stop taking messages; those that wait are handed back, those that run finish."""
+        self.held = True
+        await self.halt(reason)
+        if self.state is SubscriptionState.PAUSED:
+            self.note = reason
+
+    async def resume(self) -> None:
+        """Take messages again; where the broker is away, as soon as it is back."""
+        self.held = False
+        await self.go_on()
+
+    async def halt(self, reason: str) -> None:
+        """A pause that does not outlast one that was asked for, nor end it."""
         async with self._changing:
-            if self.state is SubscriptionState.PAUSED:
-                self.note = reason
             if self.state not in (SubscriptionState.RUNNING, SubscriptionState.RETRYING):
                 return
             if self._recovery is not None:
                 self._recovery.cancel()
             self.state, self.note = SubscriptionState.PAUSED, reason
-            await self._stop_intake()
+            try:
+                await self.take_no_more()
+            except Exception as error:  # it comes back by its deadline
+                log_error(self.broker.logger, f"{self.name}: cannot hand back: {error}", error)
             await self._idle_before(self.broker.clock.now() + self.broker.graceful_timeout)
             intake, self._intake = self._intake, None
             if intake is not None:
                 await intake.close()
 
-    async def resume(self) -> None:
-        """Take messages again; where the broker is away, as soon as it is back."""
+    async def go_on(self) -> None:
+        """End a pause, unless one that was asked for goes on."""
         async with self._changing:
-            if self.state is SubscriptionState.PAUSED:
+            if self.state is SubscriptionState.PAUSED and not self.held:
                 self.state, self.note = SubscriptionState.STARTING, ""
                 try:
                     await self._subscribe(self._sink)
                 except Exception as error:
                     self._lost(error)
 
-    async def _stop_intake(self) -> None:
+    async def take_no_more(self) -> None:
         """No new message after this; what waits goes back where the source can take it back."""
         if self._intake is not None:
             self.returned += await self._intake.pause()
@@ -346,8 +367,7 @@ class Subscription:
                 await asyncio.sleep(0)  # what waited for room in the lanes is in them now
 
     async def end_with(self, message: Message[Any], *, stop: bool) -> None:
-        """Take no further messages, then hand this one back: it must not come here again."""
-        await self._stop_intake()
+        """Hand this message back, once no other is taken: it must not come here again."""
         if Capability.NACK in self.spec.capabilities:
             await message.settle(Settlement.NACK, 0.0)
         if stop:
@@ -384,7 +404,7 @@ class Subscription:
         self._now = True
         if self.idle is not None:
             self.idle.set()
-        if self._limit is not None:
+        if self._limit is not None and not self._limit.expired():
             self._limit.reschedule(asyncio.get_running_loop().time())
 
     async def stop(self, deadline: float) -> None:
@@ -403,7 +423,7 @@ class Subscription:
                 if self._now:  # hurried before the drain began
                     self.hurry()
                 try:
-                    await self._stop_intake()
+                    await self.take_no_more()
                 finally:
                     timer.cancel()
                     self._limit = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import secrets
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 INACTIVE = 300.0
 #: Seconds between two signs of life of the server while it has nothing to deliver.
 HEARTBEAT = 5.0
+#: The key in a consumer's metadata under which the messages stand whose last attempt began.
+BEGUN = "ms-begun"
+#: How many of them are kept.
+NOTES = 64
 #: Settings that only say where a new consumer starts; the server refuses to change them.
 _START = {"deliver_policy", "opt_start_seq", "opt_start_time"}
 
@@ -76,6 +81,9 @@ class Consumer:
         #: Whether somebody read a push consumer already when it was found.
         self.bound = False
         self._stream_created = ""
+        self._noting = asyncio.Lock()
+        #: What this process noted; it lives, so those attempts did not end with it.
+        self._noted: set[int] = set()
         #: The highest stream sequence known to be settled when this consumer was found.
         self.floor = 0
 
@@ -184,6 +192,8 @@ class Consumer:
     async def _update(self, found: dict[str, Any]) -> dict[str, Any]:
         """Bring a consumer that was there to what was asked for; what was not stays."""
         have, want, default = found["config"], self.wanted(), ConsumerConfig().as_dict()
+        if want.get("metadata"):
+            want["metadata"] = {**(have.get("metadata") or {}), **want["metadata"]}
         ours = {key for key, value in want.items() if default.get(key) != value} - _START
         ours -= {"name", "deliver_subject"}
         changed = {key: want[key] for key in ours if have.get(key) != want[key]}
@@ -225,6 +235,25 @@ class Consumer:
         self.deliver_subject = config.get("deliver_subject")
         self.deliver_group = config.get("deliver_group") or ""
         self.floor = (info.get("ack_floor") or {}).get("stream_seq", 0)
+
+    async def begun(self, sequence: int) -> bool:
+        """Note in the consumer's metadata that the last attempt at a message begins.
+
+        Returns whether another process wrote that. The metadata is the one place of a consumer
+        where a client can leave something (ADR-33); two that write at once may lose a note.
+        """
+        async with self._noting:
+            found = await self.driver.api(f"CONSUMER.INFO.{self.stream}.{self.name}")
+            config, floor = found["config"], (found.get("ack_floor") or {}).get("stream_seq", 0)
+            metadata = config.get("metadata") or {}
+            notes = [int(note) for note in metadata.get(BEGUN, "").split()]
+            if sequence in notes:
+                return sequence not in self._noted
+            self._noted = {n for n in self._noted if n > floor} | {sequence}
+            notes = [note for note in notes if note > floor][1 - NOTES :]
+            config["metadata"] = {**metadata, BEGUN: " ".join(map(str, [*notes, sequence]))}
+            await self._put(config, "update")
+            return False
 
     def renew(self) -> None:
         """Take a new name, for a reader that starts over (ordered consumers)."""

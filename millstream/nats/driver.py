@@ -30,6 +30,7 @@ from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import (
     ConnectError,
     MessageTooLarge,
+    MillstreamError,
     NoResponders,
     NotConnected,
     PublishError,
@@ -68,6 +69,9 @@ PENDING = 2 * 1024 * 1024
 ROOM = 0.005
 #: Seconds for each of the last things that are done at a close.
 LAST = 2.0
+#: What nats-py's ``publish`` raises; RuntimeError is uvloop's word for a transport that was
+#: closed a moment ago.
+BROKEN = (NatsError, RuntimeError)
 #: Seconds after which a round trip that nobody waits for any more is given up.
 PATIENT = 600
 
@@ -237,9 +241,27 @@ class NatsDriver:
         if self._opening:
             return
         self._up.clear()
+        # This runs inside of nats-py's task that reconnects.
+        task = asyncio.current_task()
+        if task is not None:
+            task.add_done_callback(self._reconnecting_ended)
         if not self._closing:
             self.notify("disconnected", self._reason or "the connection broke")
         await self._call("disconnected_cb")
+
+    def _reconnecting_ended(self, task: asyncio.Task[Any]) -> None:
+        """nats-py's task dies of what it does not expect, and would leave us in silence."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._closing and self._client is not None:
+            self._reason = reason_of(error)
+            log.warning("%s: reconnecting ended with %r; trying anew", self.describe(), error)
+            self.spawn(self._replace(self._client))
+
+    async def _replace(self, client: Client) -> None:
+        self._opening = True  # what the old client says of its end is of no interest
+        await discard(client)
+        self._opening = False
+        await self._revive()
 
     async def _on_reconnected(self) -> None:
         url = self._client.connected_url if self._client is not None else None
@@ -403,7 +425,7 @@ class NatsDriver:
         self._check_size(client, command.subject, data, wire)
         try:
             await client.publish(command.subject, data, command.reply_to, wire)
-        except NatsError as error:
+        except BROKEN as error:
             raise self.refused(command.subject, error) from error
         return None
 
@@ -468,7 +490,7 @@ class NatsDriver:
         """Publish without any ado: acknowledgements and requests for messages."""
         try:
             await self.client.publish(subject, data, reply)
-        except NatsError as error:
+        except BROKEN as error:
             raise self.refused(subject, error) from error
 
     async def ask(self, subject: str, data: bytes, timeout: float | None = None) -> Msg:
@@ -483,11 +505,13 @@ class NatsDriver:
         assert self._replies is not None
         try:
             return await self._replies.ask(subject, data, headers, timeout)
-        except NatsError as error:
+        except BROKEN as error:
             raise self.refused(subject, error) from error
 
-    def refused(self, subject: str, error: NatsError) -> Exception:
+    def refused(self, subject: str, error: Exception) -> Exception:
         """What an error of nats-py's ``publish`` is called here."""
+        if isinstance(error, MillstreamError):
+            return error
         if isinstance(error, MaxPayloadError):
             return MessageTooLarge(f"too large for the server: {subject!r}")
         if isinstance(error, BadSubjectError):
@@ -495,9 +519,12 @@ class NatsDriver:
         if isinstance(error, BadHeaderError):
             return PublishError(f"{subject!r}: {reason_of(error)}")
         if isinstance(
-            error, OutboundBufferLimitError | ConnectionClosedError | ConnectionDrainingError
+            error,
+            OutboundBufferLimitError | ConnectionClosedError | ConnectionDrainingError,
         ):
             return NotConnected(f"{self.describe()}: {reason_of(error)}", state="disconnected")
+        if isinstance(error, RuntimeError):
+            return NotConnected(f"{self.describe()}: the connection broke", state="disconnected")
         return PublishError(f"{subject!r}: {reason_of(error)}")
 
     async def api(self, path: str, request: dict[str, Any] | None = None) -> dict[str, Any]:

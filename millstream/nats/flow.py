@@ -62,6 +62,8 @@ class Flow:
         self.given = 0
         #: Messages asked for that have not come yet, and when to ask for more: from so few on.
         self.pending, self.low = 0, -1
+        #: Messages to be taken one by one before anything is fetched ahead again.
+        self.careful = 0
         self.paused = False
         self._idle: asyncio.Future[None] | None = None
         self._sub: ClientSubscription | None = None
@@ -99,6 +101,10 @@ class Flow:
             except Exception:
                 log.exception("the sink of %r failed", self.spec.destination)
             self.given += 1
+            if self.careful:
+                self.careful -= 1
+                if not (waiting and self.careful):
+                    await self.refill()
             if self.given % TURN == 0:
                 await asyncio.sleep(0)
 
@@ -143,6 +149,10 @@ class Flow:
 
     async def touch(self, raw: Any, /) -> None:
         """No deadline to push back."""
+
+    async def begun(self, raw: Any, /) -> bool:
+        """This source counts no deliveries."""
+        return True
 
     async def lag(self) -> int | None:
         """Messages that wait at the server; core NATS keeps none."""

@@ -31,6 +31,9 @@ MOST = 256
 FAST, SLOW = 0.02, 0.2
 #: Unsettled messages from which on it pays to look for repeated ones.
 CROWD = 4096
+#: Messages taken one by one after one came that a process began and did not finish. If it takes
+#: this process down too, nothing that was only fetched ahead is counted as delivered with it.
+CAREFUL = 4
 #: Seconds to wait before a broken consumer is looked after again, at least and at most.
 PATIENCE = (0.1, 5.0)
 
@@ -75,7 +78,7 @@ class StreamFlow(Flow):
             else:
                 try:
                     await self.driver.client.publish(reply, ACK)
-                except NatsError as error:
+                except (NatsError, RuntimeError) as error:
                     raise self.driver.refused(reply, error) from error
         elif how is Settlement.NACK:
             self.returned.add(_sequence(reply))
@@ -96,6 +99,13 @@ class StreamFlow(Flow):
     async def touch(self, raw: Any, /) -> None:
         if self.acknowledged:
             await self.driver.send(raw.reply, PROGRESS)
+
+    async def begun(self, raw: Any, /) -> bool:
+        try:
+            return await self.consumer.begun(_sequence(raw.reply))
+        except (MillstreamError, NatsError, TimeoutError) as error:
+            log.debug("cannot note in consumer %s: %s", self.consumer.name, error)
+            return False
 
     async def lag(self) -> int | None:
         consumer = self.consumer
@@ -134,7 +144,14 @@ class StreamFlow(Flow):
         return min(unsettled, default=max(self._last, self._delivered()) + 1)
 
     def reconnected(self) -> None:
+        self._anew()
         self.heal("")
+
+    def _anew(self) -> None:
+        """Give up a healing that runs: what it asked went down with the old connection."""
+        if self._healing is not None:
+            self._healing.cancel()
+        self._healing, self._failures = None, 0
 
     def heal(self, reason: str) -> None:
         """Look whether the consumer is there, make it again if not, and go on."""
@@ -225,7 +242,12 @@ class PullFlow(StreamFlow):
         self.most = self.least if fixed or spec.batch else max(self.least, MOST)
         if spec.pending_msgs_limit:
             self.most = min(self.most, spec.pending_msgs_limit)
-        self.target = min(self.least, self.most)
+        # The first request is for what is begun at once: see CAREFUL.
+        self.target = min(
+            self.least, self.most, spec.lanes * (spec.batch.size if spec.batch else 1)
+        )
+        #: How the address of a message that is delivered for the first time begins.
+        self._fresh = " "
         #: When more was asked for last, and what the sink had taken by then.
         self._pulled, self._given = 0.0, 0
         # Without acknowledgements a gap shows in the consumer's own numbers.
@@ -254,7 +276,12 @@ class PullFlow(StreamFlow):
             self.target = min(self.target * 2, most)
         elif since > SLOW:
             self.target = max(self.target // 2, min(self.least, most))
-        self.low = self.target // 2
+        if self.careful:
+            self.low, self.target = -1, min(self.least, self.spec.lanes)
+        else:
+            if self._pulled:
+                self.target = max(self.target, min(self.least, most))
+            self.low = self.target // 2
         wanted = self.target - self.pending - len(self.waiting)
         if consumer.max_batch:
             wanted = min(wanted, consumer.max_batch)
@@ -284,9 +311,20 @@ class PullFlow(StreamFlow):
         self._failures = 0
         if self.acknowledged:
             self.open[msg.reply] = None
+            if not msg.reply.startswith(self._fresh) and self._unfinished(msg.reply):
+                self.careful, self.low = CAREFUL, -1
         self.waiting.append(msg)
         if self._idle is not None:
             self._wake()
+
+    def _unfinished(self, reply: str) -> bool:
+        """Whether a process had this message before, and this one did not hand it back."""
+        _, consumer, count, sequence, *_ = ack_tokens(reply)
+        if count == "1":
+            head = f".{consumer}.1."
+            self._fresh = reply[: reply.index(head) + len(head)]
+            return False
+        return int(sequence) not in self.returned
 
     def _in_order(self, msg: Msg) -> bool:
         tokens = ack_tokens(msg.reply)
@@ -305,6 +343,7 @@ class PullFlow(StreamFlow):
 
     def reconnected(self) -> None:
         # Without acknowledgements, what was on its way when the connection broke is missing.
+        self._anew()
         if self._ordered:
             self._restart()
         else:

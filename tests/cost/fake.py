@@ -131,6 +131,9 @@ class FakeIntake:
     async def touch(self, raw: Any, /) -> None:
         pass
 
+    async def begun(self, raw: Any, /) -> bool:
+        return True
+
     async def lag(self) -> int | None:
         return None
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
 import pytest
+from nats.js.errors import NotFoundError
 
 import millstream.nats
 from millstream import Context, Path, Retry, Router
@@ -18,9 +20,11 @@ from millstream.errors import (
     RemoteError,
     SetupError,
     SetupErrors,
+    SkipMessage,
     StopConsume,
 )
 from millstream.nats import (
+    ConsumerConfig,
     JStream,
     NatsBatchMessage,
     NatsBroker,
@@ -112,6 +116,51 @@ async def test_a_stream_with_retry_and_dead_letter(broker):
     }
     assert attempts.count(2) == 2
     await broker.stop()
+
+
+async def test_only_what_began_and_never_ended_is_taken_for_a_message_that_kills(nats):
+    name = unique()
+    config = ConsumerConfig(durable_name="d", metadata={"team": "orders"}, ack_wait=0.3)
+    runs: list[int] = []
+
+    def service() -> NatsBroker:
+        broker = NatsBroker(nats.url)
+
+        @broker.subscriber(name, stream=name, config=config, retry=Retry(attempts=2))
+        async def handle(order: Order, message: NatsMessage) -> None:
+            runs.append(message.delivery_count)
+            if order.id == 2:
+                raise SkipMessage  # never settled: for the server the same as a process that died
+
+        return broker
+
+    async with NatsBroker(nats.url) as broker:
+        await broker.js.add_stream(name=name, subjects=[name])
+        await broker.publish(Order(1), name, stream=name)
+        other = await broker.js.pull_subscribe(name, "d", name, config=config)
+        for _ in range(3):  # fetched and handed back, as by processes that stop
+            [message] = await other.fetch(1)
+            await message.nak()
+        await other.unsubscribe()
+        first = service()
+        await first.start()
+        await eventually(lambda: runs == [4])
+        await broker.publish(Order(2), name, stream=name)
+        await eventually(lambda: runs == [4, 1, 2])
+        await first.stop()
+        second = service()
+        await second.start()
+
+        async def letters() -> Any:
+            with suppress(NotFoundError):
+                return await broker.js.get_last_msg(f"{name}_dlq", f"{name}.dlq")
+
+        letter = await eventually(letters)
+        assert runs == [4, 1, 2]
+        assert letter.headers["ms-error-type"] == "CrashedWorker"
+        info = await broker.js.consumer_info(name, "d")
+        assert info.config.metadata["team"] == "orders"
+        await second.stop()
 
 
 async def test_lists(broker):

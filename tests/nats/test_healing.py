@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 
 import pytest
 
@@ -13,6 +14,7 @@ from millstream.nats import JStream, KvWatch
 from millstream.nats.connection import Backoff, addresses, without_secrets
 from millstream.nats.driver import NatsDriver
 from millstream.nats.options import NatsPublish, NatsSubscription
+from tests.faults.proxy import Proxy
 from tests.helpers import eventually, unique
 from tests.servers import NatsServer, free_port
 
@@ -375,3 +377,24 @@ def test_no_secret_in_an_address():
     with pytest.raises(SetupError) as caught:
         NatsDriver("http://user:secret@h")
     assert "secret" not in str(caught.value)
+
+
+async def test_a_reconnect_that_dies_is_taken_up_again(nats_server, monkeypatch):
+    proxy = await Proxy(nats_server.port).start()
+    driver = NatsDriver(f"nats://127.0.0.1:{proxy.port}", reconnect_time_wait=0.1)
+    await driver.connect()
+    taken: list[str] = []
+    driver.notify = lambda event, reason: taken.append(event)
+    died: list[bool] = []
+
+    async def dies(client):
+        died.append(True)
+        raise RuntimeError("the handler is closed")  # uvloop's word; nats-py does not expect it
+
+    monkeypatch.setattr(driver.client, "_process_connect_init", partial(dies, driver.client))
+    proxy.reset()
+    await eventually(lambda: died and driver.connected)
+    assert taken == ["disconnected", "reconnected"]
+    assert await driver.ping(2)
+    await driver.close()
+    await proxy.stop()

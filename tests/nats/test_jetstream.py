@@ -83,6 +83,24 @@ async def test_batch_size_is_what_may_wait_here(bench):
     await taken.count(50)
 
 
+async def test_fetching_ahead_goes_on_after_an_unfinished_message(bench):
+    name = unique()
+    options = {"stream": name, "durable": "d", "config": ConsumerConfig(ack_wait=1)}
+    dead = await bench.subscribe(name, settle=None, pull_sub=PullSub(batch_size=1), **options)
+    await fill(bench, name, 1)
+    await dead.count(1)
+    await dead.intake.close()  # as a process that died: nothing is handed back
+    taken = await bench.subscribe(name, **options)
+    total = 1
+    while not any(raw.metadata.sequence.stream == 1 for raw in taken.raws[-1000:]):
+        await fill(bench, name, 500)  # what is fetched ahead is many when the one comes again
+        total += 500
+        assert total < 100_000
+    await fill(bench, name, 500)
+    numbers = range(1, total + 501)
+    await eventually(lambda: {r.metadata.sequence.stream for r in taken.raws} == set(numbers))
+
+
 async def test_max_ack_pending_is_respected(bench):
     name = unique()
     config = ConsumerConfig(max_ack_pending=1, ack_wait=30)
