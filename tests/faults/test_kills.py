@@ -1,0 +1,144 @@
+"""Processes that die: F01, F02, F03, F05."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Trial
+
+
+async def test_f01_a_worker_is_killed_in_the_middle(tmp_path: Path) -> None:
+    async with Trial("jetstream", tmp_path, work=0.05) as trial:
+        worker = await trial.worker(2)
+        async with trial.load(pace=0.01):
+            await trial.working(10)
+            await worker.kill(random.choice(worker.pids))
+            await trial.working(20)
+        await trial.verdict("F01 worker killed mid-handler", "no loss", duplicates=1)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("count", [1, 4])
+async def test_f01_workers_are_killed_again_and_again(tmp_path: Path, count: int) -> None:
+    async with Trial("jetstream", tmp_path, work=0.03, concurrency=2) as trial:
+        worker = await trial.worker(max(count, 2))
+        async with trial.load(pace=0.01):
+            for _ in range(3):
+                await trial.working(20)
+                for pid in random.sample(worker.pids, 1 if count == 1 else 3):
+                    await worker.kill(pid)
+                await worker.ready()
+        await trial.verdict(
+            f"F01 workers killed 3 times, {max(count, 2)} processes",
+            "no loss",
+            duplicates=len(trial.faults) * 2,
+        )
+
+
+async def test_f01_a_core_worker_is_killed(tmp_path: Path) -> None:
+    async with Trial("nats-core", tmp_path, work=0.02) as trial:
+        worker = await trial.worker(2)
+        async with trial.load(pace=0.03):
+            await trial.working(10)
+            await worker.kill(worker.pids[0])
+            await trial.working(20)
+        # At most once: what the dead process had, and nothing else.
+        await trial.verdict(
+            "F01 worker killed mid-handler", "loss only of what it held", lost=10, timeout=3
+        )
+
+
+#: How many effects too many are possible: the message itself, or the one before it, whose
+#: acknowledgement had not left the process yet.
+POINTS = {
+    "before_handler": 1,
+    "after_handler": 1,
+    "before_publish": 1,
+    "after_publish": 1,
+    "before_settle": 1,
+    "after_settle": 1,
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+async def test_f02_f03_killed_at_a_named_point(tmp_path: Path, point: str) -> None:
+    async with Trial("jetstream", tmp_path, results=True, ack_wait=1.0) as trial:
+        first = await trial.worker(kill_at=f"{point}:5")
+        await trial.send(12)
+        await first.killed()
+        assert len(trial.effects()) in (4, 5)
+        await trial.worker()
+        found = await trial.verdict(
+            f"F02/F03 killed at {point}", "no loss, no result lost", duplicates=POINTS[point]
+        )
+        if point not in ("before_handler", "after_settle"):
+            assert found.duplicated == 1
+        results = await trial.results()
+        assert {r.id for r in trial.records("settled")} <= set(results)
+        # Published twice where the kill came after the first time.
+        twice = {"after_publish": 1, "before_settle": 1, "after_settle": found.duplicated}
+        twice["before_handler"] = found.duplicated
+        assert len(results) - 12 == twice.get(point, 0)
+
+
+async def test_f02_dedup_makes_it_one_effect(tmp_path: Path) -> None:
+    async with Trial("jetstream", tmp_path, dedup=True, ack_wait=1.0) as trial:
+        first = await trial.worker(kill_at="before_settle:5")
+        await trial.send(12)
+        await first.killed()
+        await trial.worker()
+        await trial.verdict("F02 killed before the ack, with Dedup", "one effect")
+
+
+@pytest.mark.parametrize("point", ["before_dead_letter", "after_dead_letter"])
+async def test_f03_killed_around_a_dead_letter(tmp_path: Path, point: str) -> None:
+    async with Trial("jetstream", tmp_path, attempts=2, ack_wait=1.0) as trial:
+        first = await trial.worker(kill_at=f"{point}:1")
+        [bad] = await trial.send(1, do="raise")
+        await trial.send(5)
+        await first.killed()
+        await trial.worker()
+        await trial.verdict(f"F03 killed at {point}", "no loss")
+        letters = [trial.id_of(body) for body, _ in await trial.letters()]
+        assert set(letters) == {bad}
+        assert len(letters) == (2 if point == "after_dead_letter" else 1)
+
+
+async def test_f05_a_message_that_kills_its_process(tmp_path: Path) -> None:
+    async with Trial("jetstream", tmp_path, attempts=2, ack_wait=1.0, work=0.05) as trial:
+        await trial.worker(2)
+        await trial.send(3)
+        await trial.until(lambda: len(trial.effects()) == 3)
+        [bad] = await trial.send(1, do="abort")
+        await trial.send(20, pace=0.1)
+        await trial.until(lambda: trial.settled(bad), 25)
+        for pid in {r.pid for r in trial.records("start") if r.id == bad}:
+            trial.died(pid)
+        await trial.verdict(
+            "F05 message that aborts its process", "dead letter after its attempts", duplicates=2
+        )
+        letters = {trial.id_of(body): headers for body, headers in await trial.letters()}
+        assert letters.keys() == {bad}
+        assert letters[bad]["ms-error-type"] == "CrashedWorker"
+        assert letters[bad]["ms-attempts"] == "2"
+        assert sum(r.id == bad for r in trial.records("start")) == 2
+
+
+async def test_f05_messages_fetched_along_with_it_are_no_crashes(tmp_path: Path) -> None:
+    async with Trial("jetstream", tmp_path, attempts=2, ack_wait=1.0, work=0.05) as trial:
+        await (await trial.worker()).stop()
+        # The backlog is there before the worker, so that it fetches more than the first one.
+        [bad] = await trial.send(1, do="abort")
+        await trial.send(20)
+        for _ in range(2):
+            await (await trial.worker(ready=False)).wait()
+        await trial.worker()
+        await trial.until(lambda: trial.settled(bad))
+        for pid in {r.pid for r in trial.records("start") if r.id == bad}:
+            trial.died(pid)
+        await trial.verdict(
+            "F05 fetched along with a killer", "only the killer is a dead letter", duplicates=2
+        )
