@@ -24,8 +24,8 @@ help:
 	@echo "make lint         ruff, mypy, pyright"
 	@echo "make docs-check   run every snippet of the documentation"
 	@echo "make bench        compare with raw nats-py and FastStream (WRITE=1: into docs/benchmarks.md)"
-	@echo "make faults       every fault scenario; writes the table of docs/delivery.md"
-	@echo "make faults-random  random damage for MINUTES=5, beginning with SEED (a random one)"
+	@echo "make faults       every fault scenario; writes the tables of docs/delivery.md"
+	@echo "make faults-random  random damage for MINUTES=5 to SOURCE=jetstream, from SEED on (a random one)"
 	@echo "make clean        remove environments and caches"
 
 python:
@@ -78,7 +78,7 @@ docs-check: $(VENV)/ready
 bench: $(VENV)/ready
 	@test -x .venv-bench/bin/python || $(MAIN) -m venv .venv-bench
 	@.venv-bench/bin/python $(PIP_INSTALL) -e ".[nats,fastapi,dev]" "faststream[nats]"
-	.venv-bench/bin/python benchmarks/bench.py $(if $(WRITE),--write docs/benchmarks.md)
+	.venv-bench/bin/python -m benchmarks.bench $(BROKER) $(if $(WRITE),--write docs/benchmarks.md)
 
 # Written anew from these results, also when some scenario fails.
 faults: $(VENV)/ready
@@ -88,7 +88,8 @@ faults: $(VENV)/ready
 	code=$$?; $(BIN)/python -m tests.faults.table && exit $$code
 
 faults-random: $(VENV)/ready
-	$(BIN)/python -m tests.faults.schedule $(if $(SEED),--seed $(SEED)) --minutes $(or $(MINUTES),5)
+	$(BIN)/python -m tests.faults.schedule --source $(or $(SOURCE),jetstream) \
+		$(if $(SEED),--seed $(SEED)) --minutes $(or $(MINUTES),5)
 
 clean:
 	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* .millstream

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -38,26 +38,32 @@ class Address(msgspec.Struct, frozen=True):
         segments = destination.split(self.separator)
         return {name: segments[i] for name, i in self.places.items() if i < len(segments)}
 
+    def getter(self, name: str) -> Callable[[str], str]:
+        """What takes a placeholder's value from the address of a message."""
+        place, separator = self.places[name], self.separator
+        return lambda destination: destination.split(separator)[place]
+
 
 class AddressSyntax(msgspec.Struct, frozen=True):
     """How one kind of broker writes addresses.
 
     ``one`` matches exactly one segment, ``rest`` all that remain; ``rest_empty`` says
     whether ``rest`` also matches nothing (MQTT's and RabbitMQ's ``#`` do, NATS's ``>``
-    does not).
+    does not), ``rest_anywhere`` whether it may stand before the end (RabbitMQ's ``#``).
     """
 
     separator: str = "."
     one: str = "*"
     rest: str = ">"
     rest_empty: bool = False
+    rest_anywhere: bool = False
 
     def compile(self, template: str) -> Address:
         """Compile a template.
 
         Raises:
-            AddressError: a placeholder is not a whole segment, is not an identifier or
-                stands twice, or a ``rest`` wildcard is not the last segment.
+            AddressError: a placeholder is not a whole segment, is not an identifier, stands
+                twice or behind a ``rest`` wildcard, or that is not the last segment.
         """
         return _compile(self, template)
 
@@ -69,17 +75,22 @@ def _compile(syntax: AddressSyntax, template: str) -> Address:
     pattern: list[str] = []
     expression = ""
     places: dict[str, int] = {}
+    joint, rest = "", False
     for i, segment in enumerate(segments):
-        joint = separator if i else ""
         if segment == syntax.rest and segment:
-            if i != len(segments) - 1:
+            if i != len(segments) - 1 and not syntax.rest_anywhere:
                 raise AddressError(
                     f"{template!r}: {syntax.rest!r} stands before the end",
                     fix=f"use {syntax.one!r} for a single segment",
                 )
             some = f"{joint}.*" if syntax.rest_empty else f"{joint}.+"
+            if not joint and i != len(segments) - 1:  # the separator behind it belongs to it
+                some = f".*{separator}"
+            else:
+                joint = separator
             expression += f"(?:{some})?" if syntax.rest_empty else some
             pattern.append(segment)
+            rest = True
             continue
         if "{" in segment or "}" in segment:
             found = _PLACEHOLDER.fullmatch(segment)
@@ -89,6 +100,11 @@ def _compile(syntax: AddressSyntax, template: str) -> Address:
                     f"{template!r}: {segment!r} is not a placeholder",
                     fix=f"a placeholder is a whole segment, such as "
                     f"orders{syntax.separator}{{region}}",
+                )
+            if rest:
+                raise AddressError(
+                    f"{template!r}: nobody knows where {{{name}}} stands behind {syntax.rest!r}",
+                    fix=f"put {syntax.rest!r} last",
                 )
             if name in places:
                 raise AddressError(
@@ -100,6 +116,7 @@ def _compile(syntax: AddressSyntax, template: str) -> Address:
         pattern.append(segment)
         one = f"[^{separator}]+"
         expression += joint + (one if segment == syntax.one and segment else re.escape(segment))
+        joint = separator
     return Address(
         template, syntax.separator.join(pattern), places, syntax.separator, re.compile(expression)
     )

@@ -289,7 +289,7 @@ class Driver(Protocol):
     #: The command class of this broker's ``publish``.
     command: ClassVar[type[PublishCommand]]
     #: How the names of the broker's own control headers begin: never copied to another message.
-    control_headers: ClassVar[str]
+    control_headers: ClassVar[str | tuple[str, ...]]
     #: Set by the broker before ``connect``: called with "disconnected", "reconnected",
     #: "closed" or "error" and a short reason.
     notify: Callable[[str, str], None]

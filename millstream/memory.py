@@ -647,7 +647,7 @@ class MemoryDriver:
     name: ClassVar[str] = "memory"
     syntax: ClassVar[AddressSyntax] = AddressSyntax()
     command: ClassVar[type[PublishCommand]] = MemoryPublish
-    control_headers: ClassVar[str] = ""
+    control_headers: ClassVar[str | tuple[str, ...]] = ""
     #: Bytes of the largest body and its headers; 0 is no limit.
     max_payload: int = 0
 

@@ -80,15 +80,19 @@ class Consumer:
         self.heartbeat = 0.0
         #: Whether somebody read a push consumer already when it was found.
         self.bound = False
-        self._stream_created = ""
+        self._stream_created, self._created = "", ""
         self._noting = asyncio.Lock()
         #: What this process noted; it lives, so those attempts did not end with it.
         self._noted: set[int] = set()
         #: The highest stream sequence known to be settled when this consumer was found.
         self.floor = 0
 
-    async def ensure(self, resume: int | None = None) -> bool:
-        """Make the consumer be there; ``resume`` is the stream sequence a new one starts at.
+    async def ensure(self, resume: int | None = None, unsettled: int | None = None) -> bool:
+        """Make the consumer be there.
+
+        Args:
+            resume: the stream sequence that a new one starts at.
+            unsettled: the first one that this process had and did not settle.
 
         Returns whether one that was there before had to be made again.
 
@@ -111,6 +115,9 @@ class Consumer:
         elif not known:
             self.bound = bool(found.get("push_bound"))
             found = await self._update(found)
+        elif known == created and unsettled is not None and self._skips(found, unsettled):
+            await self.driver.forget(self.stream, self.name)
+            found = await self._create(resume)
         self._learn(found)
         return bool(known) and found.get("made", False)
 
@@ -142,6 +149,14 @@ class Consumer:
                 f"(`nats consumer rm {self.stream} {self.name}`)",
             )
         return dict(found)
+
+    def _skips(self, found: dict[str, Any], unsettled: int) -> bool:
+        """Whether another process made the consumer again, behind what this one has not settled.
+
+        Each knows its own messages only. The start only ever moves back, so that all agree.
+        """
+        start = found["config"].get("opt_start_seq") or 0
+        return found.get("created") != self._created and start > unsettled
 
     def wanted(self) -> dict[str, Any]:
         """The settings that the declaration asks for, in the words of the JetStream API."""
@@ -225,6 +240,7 @@ class Consumer:
 
     def _learn(self, info: dict[str, Any]) -> None:
         config = info["config"]
+        self._created = str(info.get("created", ""))
         waits = config.get("backoff") or [config.get("ack_wait") or ACK_WAIT * 1e9]
         self.ack_wait = min(waits) / 1e9
         self.max_ack_pending = max(config.get("max_ack_pending") or 0, 0)

@@ -17,6 +17,7 @@ from nats.errors import Error as NatsError
 
 from ..ack import Settlement
 from ..errors import MillstreamError, SetupError
+from ..letters import REPLAY_TO
 from .connection import NoJetStream
 from .consumer import HEARTBEAT, Consumer
 from .flow import Flow, Tap, log
@@ -76,10 +77,7 @@ class StreamFlow(Flow):
             if options and options.get("sync"):
                 await self.driver.ask(reply, ACK, options.get("timeout"))
             else:
-                try:
-                    await self.driver.client.publish(reply, ACK)
-                except (NatsError, RuntimeError) as error:
-                    raise self.driver.refused(reply, error) from error
+                await self.driver.acknowledge(reply)
         elif how is Settlement.NACK:
             self.returned.add(_sequence(reply))
             await self.driver.send(
@@ -136,12 +134,15 @@ class StreamFlow(Flow):
     def _delivered(self) -> int:
         return _sequence(self._latest.reply) if self._latest is not None else 0
 
+    def _unsettled(self) -> int | None:
+        """The first stream sequence that this process had and did not settle."""
+        return min([*(_sequence(reply) for reply in self.open), *self.returned], default=None)
+
     def _resume(self) -> int | None:
         """The stream sequence from which nothing is missed; None for where it was declared."""
         if self.spec.watch is not None and self._latest is None:
             return None
-        unsettled = [*(_sequence(reply) for reply in self.open), *self.returned]
-        return min(unsettled, default=max(self._last, self._delivered()) + 1)
+        return self._unsettled() or max(self._last, self._delivered()) + 1
 
     def reconnected(self) -> None:
         self._anew()
@@ -168,7 +169,7 @@ class StreamFlow(Flow):
             self._sick = False
             try:
                 resume = self._resume()
-                made = await self.consumer.ensure(resume)
+                made = await self.consumer.ensure(resume, self._unsettled())
                 if made:
                     self._announce(reason, resume)
                 await self._continue(made)
@@ -309,22 +310,25 @@ class PullFlow(StreamFlow):
             self.pending -= 1
         self._latest = msg
         self._failures = 0
+        msg.unusual = msg.headers is not None and REPLAY_TO in msg.headers  # type: ignore[attr-defined]
         if self.acknowledged:
             self.open[msg.reply] = None
-            if not msg.reply.startswith(self._fresh) and self._unfinished(msg.reply):
-                self.careful, self.low = CAREFUL, -1
+            if not msg.reply.startswith(self._fresh):
+                self._repeated(msg)
         self.waiting.append(msg)
         if self._idle is not None:
             self._wake()
 
-    def _unfinished(self, reply: str) -> bool:
-        """Whether a process had this message before, and this one did not hand it back."""
-        _, consumer, count, sequence, *_ = ack_tokens(reply)
+    def _repeated(self, msg: Msg) -> None:
+        """Be careful with a message that a process had before and this one did not hand back."""
+        _, consumer, count, sequence, *_ = ack_tokens(msg.reply)
         if count == "1":
             head = f".{consumer}.1."
-            self._fresh = reply[: reply.index(head) + len(head)]
-            return False
-        return int(sequence) not in self.returned
+            self._fresh = msg.reply[: msg.reply.index(head) + len(head)]
+            return
+        msg.unusual = True  # type: ignore[attr-defined]
+        if int(sequence) not in self.returned:
+            self.careful, self.low = CAREFUL, -1
 
     def _in_order(self, msg: Msg) -> bool:
         tokens = ack_tokens(msg.reply)
@@ -462,6 +466,8 @@ class PushFlow(StreamFlow):
                 self.driver.spawn(self._leave())
         self._failures = 0
         self._latest = msg
+        marked = headers is not None and REPLAY_TO in headers
+        msg.unusual = marked or ack_tokens(msg.reply)[2] != "1"  # type: ignore[attr-defined]
         if self.acknowledged:
             self.open[msg.reply] = None
         self.put(msg)

@@ -12,7 +12,6 @@ from nats.js.api import ObjectInfo
 from nats.js.kv import KeyValue
 
 from ..ack import Settlement
-from ..letters import REPLAY_TO
 from ..message import BatchMessage, Message
 
 if TYPE_CHECKING:
@@ -77,12 +76,8 @@ class NatsStreamMessage(NatsMessage):
     def delivery_count(self) -> int:
         return int(ack_tokens(self.raw.reply)[2])
 
-    @property
-    def unusual(self) -> bool:
-        headers = self.raw.headers
-        if headers is not None and REPLAY_TO in headers:
-            return True
-        return ack_tokens(self.raw.reply)[2] != "1"
+    #: Set by the flow that took the message, which looks at the delivery count anyway.
+    unusual: ClassVar[Any] = property(operator.attrgetter("raw.unusual"))
 
     @property
     def sequence(self) -> int:

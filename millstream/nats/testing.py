@@ -43,6 +43,7 @@ class MemoryMsg(Msg):
     """nats-py's message, as the bus delivers it."""
 
     delivery: Delivery
+    unusual: bool
 
 
 class MemoryEntry(KeyValue.Entry):
@@ -57,7 +58,7 @@ class NatsMemoryDriver(MemoryDriver):
     name: ClassVar[str] = "nats"
     syntax: ClassVar = SYNTAX
     command: ClassVar = NatsPublish
-    control_headers: ClassVar[str] = "Nats-"
+    control_headers: ClassVar[str | tuple[str, ...]] = "Nats-"
     #: The server's default (docs.nats.io, Server Configuration, max_payload).
     max_payload = 1024 * 1024
 
@@ -115,7 +116,7 @@ class NatsMemoryDriver(MemoryDriver):
                 entry.delivery = delivery
                 return entry
         msg = MemoryMsg(None, record.destination, reply, data, dict(record.headers) or None)  # type: ignore[arg-type]
-        msg.delivery = delivery
+        msg.delivery, msg.unusual = delivery, delivery.unusual
         return msg
 
     def reply_envelope(self) -> type[Message[Any]]:

@@ -1,74 +1,207 @@
-"""One contender in one scenario, in a process of its own; started by bench.py.
-
-It subscribes, prints ``ready``, then for each line ``n`` on standard input handles n messages
-(or makes n requests) and prints the CPU seconds of this process and the seconds they took.
-"""
+"""NATS: core subjects with every kind of handler, and JetStream pull."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-import sys
+import socket
+import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager, closing
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from pydantic import BaseModel
 
-#: Yields the work of one round where the contender drives itself; None where messages come.
-Contender = AsyncIterator[Callable[[int], Awaitable[None]] | None]
+from benchmarks.common import (
+    ORDER,
+    Contender,
+    Failed,
+    Order,
+    OrderModel,
+    Rows,
+    Section,
+    handled,
+    log,
+    medians,
+    progress,
+    tenant,
+)
+from millstream.embedded import EmbeddedNats
 
-log = logging.getLogger("bench")
-log.setLevel(logging.WARNING)
-
-
-class Item(msgspec.Struct):
-    name: str
-    price: float
-
-
-class Order(msgspec.Struct):
-    id: int
-    customer: str
-    items: list[Item]
-
-
-class ItemModel(BaseModel):
-    name: str
-    price: float
-
-
-class OrderModel(BaseModel):
-    id: int
-    customer: str
-    items: list[ItemModel]
-
-
-class Counter:
-    """Counts handled messages down; the one thing every handler does."""
-
-    def __init__(self) -> None:
-        self.left = 0
-        self.done = asyncio.Event()
-
-    def __call__(self) -> None:
-        self.left -= 1
-        if not self.left:
-            self.done.set()
-
-    def expect(self, n: int) -> None:
-        self.left = n
-        self.done.clear()
+#: Scenario → what its handler does.
+CORE = {
+    "dict": "a `dict`",
+    "msgspec": "a msgspec Struct",
+    "pydantic": "a pydantic model",
+    "injected": "pydantic + `Logger` + message + sync `Depends`",
+    "publisher": "a `dict`, publishes a `dict`",
+    "request": "request and reply, both sides",
+}
+NAMES = {
+    "raw": "raw nats-py",
+    "millstream": "Millstream",
+    "fastapi": "Millstream in FastAPI",
+    "faststream": "FastStream",
+    "fetch": "nats-py `fetch` + `ack`",
+    "bare": "bare pull loop",
+}
+MANY, REQUESTS = 30_000, 2_000
 
 
-handled = Counter()
+class Wire:
+    """A NATS client that only sends: prepared bytes on a socket."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port))
+        self._lines = self._socket.makefile("rb")
+        self._lines.readline()
+        self._socket.sendall(b'CONNECT {"verbose":false,"pedantic":false}\r\n')
+        self._replies = 0
+
+    def send(self, subject: str, body: bytes, n: int) -> None:
+        """Send n messages; returns when the server has all of them."""
+        one = b"PUB %s %d\r\n%s\r\n" % (subject.encode(), len(body), body)
+        sender = threading.Thread(target=self._socket.sendall, args=(one * n + b"PING\r\n",))
+        sender.start()
+        while (line := self._lines.readline()) != b"PONG\r\n":
+            if line == b"PING\r\n":
+                self._socket.sendall(b"PONG\r\n")
+            elif not line or line.startswith(b"-ERR"):
+                raise Failed(f"the server said {line!r}")
+        sender.join()
+
+    def ask(self, subject: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """A request to the server's JetStream API."""
+        self._replies += 1
+        inbox, data = f"_INBOX.bench.{self._replies}", json.dumps(body or {}).encode()
+        call = f"SUB {inbox} 1\r\nUNSUB 1 1\r\nPUB {subject} {inbox} {len(data)}\r\n"
+        self._socket.sendall(call.encode() + data + b"\r\n")
+        while not (line := self._lines.readline()).startswith(b"MSG "):
+            if line == b"PING\r\n":
+                self._socket.sendall(b"PONG\r\n")
+        result: dict[str, Any] = json.loads(self._lines.read(int(line.split()[-1])))
+        self._lines.readline()
+        return result
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
 
 
-def tenant() -> str:
-    return "t"
+class Nats(Section):
+    """On a nats-server; messages are sent by a socket that writes prepared bytes."""
+
+    def __init__(self, url: str, peer: str | None, rounds: int, scale: float) -> None:
+        super().__init__("nats", url, peer, rounds, scale)
+        self.wire = Wire(int(url.rpartition(":")[2]))
+
+    def core(self, scenario: str) -> Rows:
+        """All contenders of one scenario on core NATS."""
+        names = self.contenders("raw", "millstream", "fastapi", "faststream")
+        if scenario == "request":
+            return self.turns(scenario, names, REQUESTS, None)
+        return self.turns(
+            scenario, names, MANY, lambda address, n: self.wire.send(address, ORDER, n)
+        )
+
+    def jetstream(self) -> Rows:
+        """Pull and acknowledge; a fresh stream for each contender and round."""
+        names = self.contenders("fetch", "bare", "millstream", "faststream")
+        samples: dict[str, list[tuple[float, float]]] = {n: [] for n in names}
+        config = {"name": "BENCH", "subjects": ["bench.js"], "storage": "memory"}
+        for turn in range(max(self.rounds // 2, 1) + 1):
+            for name in names:
+                n = self.count(name, MANY)
+                answer = self.wire.ask("$JS.API.STREAM.CREATE.BENCH", config)
+                if "error" in answer:
+                    raise Failed(str(answer["error"]))
+                with closing(self.worker(name, "jetstream", "bench.js")) as worker:
+                    figures = worker.round(n, partial(self.wire.send, "bench.js", ORDER, n))
+                    self._all_acknowledged(name)
+                self.wire.ask("$JS.API.STREAM.DELETE.BENCH")
+                if turn:
+                    samples[name].append(figures)
+        return medians(samples)
+
+    def _all_acknowledged(self, name: str) -> None:
+        end = time.monotonic() + 10
+        while True:
+            info = self.wire.ask("$JS.API.CONSUMER.INFO.BENCH.d")
+            left = info["num_ack_pending"] + info["num_pending"]
+            if not left:
+                return
+            if time.monotonic() > end:
+                raise Failed(f"{name} left {left} messages unacknowledged")
+            time.sleep(0.02)
+
+
+def cost_table(results: dict[str, Rows]) -> list[str]:
+    names = [n for n in ("raw", "millstream", "fastapi", "faststream") if n in results["dict"]]
+    lines = [
+        "| handler | " + " | ".join(NAMES[n] for n in names) + " | over raw | FastStream ÷ ours |"
+    ]
+    lines.append("|---|" + "--:|" * (len(names) + 2))
+    for scenario, rows in results.items():
+        raw, ours = rows["raw"][0], rows["millstream"][0]
+        over = f"+{ours - raw:.1f} µs"
+        if scenario == "request":
+            over = f"× {ours / raw:.2f}"
+        peer = f"{rows['faststream'][0] / ours:.1f}" if "faststream" in rows else "–"
+        cells = [f"{rows[n][0]:.1f}" for n in names]
+        lines.append(f"| {CORE[scenario]} | " + " | ".join(cells) + f" | {over} | {peer} |")
+    return lines
+
+
+def rate_table(results: dict[str, Rows]) -> list[str]:
+    names = list(results["dict"])
+    lines = [
+        "| handler | " + " | ".join(NAMES[n] for n in names) + " |",
+        "|---|" + "--:|" * len(names),
+    ]
+    for scenario, rows in results.items():
+        lines.append(
+            f"| {CORE[scenario]} | " + " | ".join(f"{rows[n][1]:,.0f}" for n in names) + " |"
+        )
+    return lines
+
+
+def stream_table(rows: Rows) -> list[str]:
+    lines = [
+        "| JetStream pull, each acknowledged | CPU µs | messages/s | `fetch` ÷ it |",
+        "|---|--:|--:|--:|",
+    ]
+    for name, (cpu, rate) in rows.items():
+        lines.append(f"| {NAMES[name]} | {cpu:.1f} | {rate:,.0f} | {rows['fetch'][0] / cpu:.1f} |")
+    return lines
+
+
+def section(peer: str | None, rounds: int, scale: float) -> list[str]:
+    """Run everything and tell the tables."""
+    with tempfile.TemporaryDirectory() as folder, EmbeddedNats(0, store=Path(folder)) as server:
+        bench = Nats(server.url, peer, rounds, scale)
+        with closing(bench.wire):
+            results = {}
+            for scenario in CORE:
+                progress(f"nats: {scenario}")
+                results[scenario] = bench.core(scenario)
+            progress("nats: jetstream")
+            stream = bench.jetstream()
+    return [
+        "CPU µs per message (median of the rounds; lower is better):",
+        "",
+        *cost_table(results),
+        "",
+        "Messages per second (the sender and the server share the machine):",
+        "",
+        *rate_table(results),
+        "",
+        *stream_table(stream),
+    ]
 
 
 # raw nats-py: a callback with the same decoder and nothing around it
@@ -385,25 +518,3 @@ CONTENDERS: dict[str, Any] = {
     "fetch": fetch,
     "bare": bare,
 }
-
-
-async def main(name: str, scenario: str, subject: str, url: str) -> None:
-    def say(value: Any) -> None:
-        print(json.dumps(value), flush=True)
-
-    async with CONTENDERS[name](url, scenario, subject) as work:
-        say("ready")
-        while line := await asyncio.to_thread(sys.stdin.readline):
-            n = int(line)
-            handled.expect(n)
-            say("go")
-            cpu, wall = time.process_time(), time.perf_counter()
-            if work is not None:
-                await work(n)
-            else:
-                await handled.done.wait()
-            say({"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall})
-
-
-if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
