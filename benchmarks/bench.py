@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -147,17 +147,24 @@ def start(peer: str | None) -> list[str]:
 # The report
 
 
-def write(page: Path, name: str, lines: list[str]) -> None:
+def conditions(python: str, packages: Sequence[str], options: argparse.Namespace) -> str:
+    """What the figures were measured with."""
+    code = "import sys, importlib.metadata as m\n"
+    code += "print(*(f'{p} {m.version(p)}' for p in sys.argv[1:]), sep=', ')"
+    found = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True)
+    machine = f"{platform.python_implementation()} {platform.python_version()}, "
+    machine += f"{os.cpu_count()} cores, {platform.system()}"
+    rounds = f"{options.rounds} rounds, {options.scale:.0%} of the usual messages"
+    return f"{machine}; {found.stdout.strip()}; {rounds}."
+
+
+def write(page: Path, name: str, text: str) -> None:
     """Put the figures between the marks that the page has for them."""
     begin, end = f"<!-- figures: {name} -->", f"<!-- end of figures: {name} -->"
     before, _, rest = page.read_text().partition(begin)
     _, found, after = rest.partition(end)
     if not found:
         sys.exit(f"{page} has no {begin} … {end}")
-    machine = (
-        f"{platform.python_implementation()} {platform.python_version()}, {os.cpu_count()} cores"
-    )
-    text = "\n".join([f"{machine}, {platform.system()}.", "", *lines])
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
@@ -176,17 +183,21 @@ def main() -> None:
     if peer is None:
         print("FastStream is not installed: it is left out", file=sys.stderr)
     for name in options.brokers or [*BROKERS, "start"]:
+        packages = ["faststream"] if peer is not None else []
         try:
             if name == "start":
                 lines = start(peer)
             else:
                 module = importlib.import_module(f"benchmarks.{name}")
+                packages += module.PACKAGES
                 lines = module.section(peer, options.rounds, options.scale)
         except Failed as error:
             sys.exit(f"{name} failed: {error}")
-        print("\n".join(lines), end="\n\n", flush=True)
+        said = conditions(peer or sys.executable, packages, options)
+        text = "\n".join([said, "", *lines])
+        print(text, end="\n\n", flush=True)
         if options.write is not None:
-            write(options.write, name, lines)
+            write(options.write, name, text)
 
 
 if __name__ == "__main__":

