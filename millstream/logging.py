@@ -34,6 +34,8 @@ from .message import current
 FIELDS = ("subject", "message_id", "handler", "worker_id")
 #: Where ``millstream run --workers`` tells a worker its number.
 WORKER_VARIABLE = "MILLSTREAM_WORKER_ID"
+#: What the command line was told to run, for names that have to be the same after a restart.
+TARGET_VARIABLE = "MILLSTREAM_TARGET"
 
 #: Loggers to which servers attach handlers of their own.
 _SERVERS = (

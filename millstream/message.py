@@ -15,7 +15,7 @@ from .errors import MillstreamError
 
 if TYPE_CHECKING:
     from .address import Address
-    from .driver import Driver, Intake, SubscriptionSpec
+    from .driver import Driver, Intake, PublishCommand, SubscriptionSpec
     from .plan import Site
 
 RawT = TypeVar("RawT")
@@ -191,6 +191,9 @@ class Message(Generic[RawT]):
     def unusual(self) -> bool:
         """Whether it was delivered before, or is :attr:`marked`."""
         return self.delivery_count > 1 or bool(self.marked)
+
+    def carry(self, command: PublishCommand) -> None:
+        """Give a copy of this message what is neither its body nor in its headers (a key)."""
 
     async def decode(self) -> Any:
         """The body as the subscription's codec reads it; decoded once.

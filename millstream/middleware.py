@@ -60,7 +60,7 @@ class BaseMiddleware:
         exc_val: BaseException | None = None,
         exc_tb: Any = None,
     ) -> bool | None:
-        """After the handler and its publications; True swallows the exception."""
+        """After the handler, before its result is published; True swallows the exception."""
         return False
 
     async def consume_scope(

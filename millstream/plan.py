@@ -288,15 +288,15 @@ class _Compiler:
     def path(self, name: str, annotation: Any, default: Any) -> Getter:
         address = self.site.address
         assert address is not None
-        place, separator = address.places[name], address.separator
+        find = address.getter(name)
         if annotation is str or annotation is Any:
-            return lambda m, v: m.destination.split(separator)[place]
+            return lambda m, v: find(m.destination)
         convert = converter(annotation)
         what = f"the value of {{{name}}}"
 
         def get(message: Any, values: list[Any]) -> Any:
             try:
-                return convert(message.destination.split(separator)[place])
+                return convert(find(message.destination))
             except Exception as error:
                 raise as_decode_error(error, what) from error
 

@@ -54,15 +54,16 @@ class Retry(msgspec.Struct, frozen=True):
         delay: seconds, or a function of the attempt that just failed.
         on: the exceptions worth a retry; others go to the dead letter at once.
         where: ``broker`` hands the message back with a delay, ``lane`` waits in this process
-            and keeps the order; ``auto`` is the broker where it can delay and no order per
-            key is asked for.
+            and keeps the order, ``topic`` puts it into a topic beside its source until it is
+            due; ``auto`` is the broker where it can delay and no order per key is asked for,
+            and the lane elsewhere.
         then: what follows the last attempt; None means the subscription's dead letter.
     """
 
     attempts: int = 5
     delay: float | Backoff = Exponential()
     on: type[Exception] | tuple[type[Exception], ...] = (Exception,)
-    where: Literal["auto", "broker", "lane"] = "auto"
+    where: Literal["auto", "broker", "lane", "topic"] = "auto"
     then: DeadLetter | Settlement | None = None
 
     def __post_init__(self) -> None:

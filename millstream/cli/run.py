@@ -72,6 +72,7 @@ def execute(options: RunOptions, channel: Channel | None = None) -> int:
         channel: the way to the supervisor, in a process that it started.
     """
     limit = _Limit()
+    os.environ[setup.TARGET_VARIABLE] = options.target
     try:
         found = find(options.target, app_dir=options.app_dir, factory=options.factory)
         with limit, asyncio.Runner(loop_factory=loop_factory(options.loop)) as runner:

@@ -80,7 +80,10 @@ class Consumer:
         self.heartbeat = 0.0
         #: Whether somebody read a push consumer already when it was found.
         self.bound = False
-        self._stream_created, self._created = "", ""
+        #: Whether another stream of the same name was there when the consumer was looked after.
+        self.emptied = False
+        self._stream_created = ""
+        self._created: str | None = None
         self._noting = asyncio.Lock()
         #: What this process noted; it lives, so those attempts did not end with it.
         self._noted: set[int] = set()
@@ -92,7 +95,7 @@ class Consumer:
 
         Args:
             resume: the stream sequence that a new one starts at.
-            unsettled: the first one that this process had and did not settle.
+            unsettled: the first one that may not be settled, as far as this process knows.
 
         Returns whether one that was there before had to be made again.
 
@@ -104,18 +107,19 @@ class Consumer:
         else:
             stream = await self.driver.streams.ensure(self.stream)
         known, created = self._stream_created, str(stream.get("created", ""))
+        self.emptied = bool(known) and known != created
         self._stream_created = created
         if not self.name:
             self._choose_name(stream["config"].get("retention", ""))
         found = await self._find()
         if found is None:
-            if known and known != created:
+            if self.emptied:
                 resume = None  # another stream of the same name: its numbers begin anew
             found = await self._create(resume)
         elif not known:
             self.bound = bool(found.get("push_bound"))
             found = await self._update(found)
-        elif known == created and unsettled is not None and self._skips(found, unsettled):
+        elif not self.emptied and unsettled is not None and self._skips(found, unsettled):
             await self.driver.forget(self.stream, self.name)
             found = await self._create(resume)
         self._learn(found)
@@ -134,9 +138,13 @@ class Consumer:
                 self.stream,
             )
 
+    async def info(self) -> dict[str, Any]:
+        """What the server says about the consumer; raises if there is none."""
+        return dict(await self.driver.api(f"CONSUMER.INFO.{self.stream}.{self.name}"))
+
     async def _find(self) -> dict[str, Any] | None:
         try:
-            found = await self.driver.api(f"CONSUMER.INFO.{self.stream}.{self.name}")
+            found = await self.info()
         except NotFoundError:
             return None
         pushed = bool(found["config"].get("deliver_subject"))
@@ -148,7 +156,7 @@ class Consumer:
                 fix=f"give another durable=, set push={pushed}, or delete the old one "
                 f"(`nats consumer rm {self.stream} {self.name}`)",
             )
-        return dict(found)
+        return found
 
     def _skips(self, found: dict[str, Any], unsettled: int) -> bool:
         """Whether another process made the consumer again, behind what this one has not settled.
@@ -156,7 +164,11 @@ class Consumer:
         Each knows its own messages only. The start only ever moves back, so that all agree.
         """
         start = found["config"].get("opt_start_seq") or 0
-        return found.get("created") != self._created and start > unsettled
+        return not self.same(found) and start > unsettled
+
+    def same(self, info: dict[str, Any]) -> bool:
+        """Whether the consumer is the one that was found or made here."""
+        return info.get("created") == self._created
 
     def wanted(self) -> dict[str, Any]:
         """The settings that the declaration asks for, in the words of the JetStream API."""
@@ -240,7 +252,7 @@ class Consumer:
 
     def _learn(self, info: dict[str, Any]) -> None:
         config = info["config"]
-        self._created = str(info.get("created", ""))
+        self._created = info.get("created")
         waits = config.get("backoff") or [config.get("ack_wait") or ACK_WAIT * 1e9]
         self.ack_wait = min(waits) / 1e9
         self.max_ack_pending = max(config.get("max_ack_pending") or 0, 0)
@@ -259,7 +271,7 @@ class Consumer:
         where a client can leave something (ADR-33); two that write at once may lose a note.
         """
         async with self._noting:
-            found = await self.driver.api(f"CONSUMER.INFO.{self.stream}.{self.name}")
+            found = await self.info()
             config, floor = found["config"], (found.get("ack_floor") or {}).get("stream_seq", 0)
             metadata = config.get("metadata") or {}
             notes = [int(note) for note in metadata.get(BEGUN, "").split()]

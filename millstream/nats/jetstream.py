@@ -48,8 +48,11 @@ class StreamFlow(Flow):
         self.acknowledged = self.spec.acknowledged
         #: Acknowledgement addresses of what was delivered and not settled, oldest first.
         self.open: dict[str, None] = {}
-        #: Stream sequences that were handed back, until they are acknowledged.
+        #: Stream sequences that were handed back, until they are known to be settled.
         self.returned: set[int] = set()
+        #: The stream sequence up to which all was settled when other processes were last seen to
+        #: hold messages; None if this one knew of all.
+        self._floor: int | None = None
         self.heard = 0.0
         self._latest: Msg | None = None
         self._last = 0
@@ -106,8 +109,7 @@ class StreamFlow(Flow):
             return False
 
     async def lag(self) -> int | None:
-        consumer = self.consumer
-        info = await self.driver.api(f"CONSUMER.INFO.{consumer.stream}.{consumer.name}")
+        info = await self.consumer.info()
         return int(info["num_pending"]) + len(self.waiting)
 
     # Deadlines and signs of life
@@ -115,7 +117,8 @@ class StreamFlow(Flow):
     async def _keep(self) -> None:
         """Keep what waits from being delivered again, and notice a consumer that died."""
         while not self.paused:
-            await self.driver.clock.sleep(min(HEARTBEAT, self.consumer.ack_wait / 3))
+            beat = min(HEARTBEAT, self.consumer.ack_wait / 3)
+            await self.driver.clock.sleep(beat)
             self._last = max(self._last, self._delivered())
             if len(self.open) > CROWD:
                 # Never settled, and delivered again under another address: the last one counts.
@@ -127,6 +130,21 @@ class StreamFlow(Flow):
                         await self.touch(raw)
             if self._silent() and self.driver.connected:
                 self.heal("no sign of life from the server")
+            if self.acknowledged and self.driver.connected:
+                # A slow answer must not keep the deadlines waiting.
+                with suppress(MillstreamError, NatsError, TimeoutError):
+                    async with asyncio.timeout(beat):
+                        await self._look()
+
+    async def _look(self) -> None:
+        """Learn what others hold: only the consumer knows it, and it may vanish with them."""
+        held = len(self.open) + len(self.returned)
+        info = await self.consumer.info()
+        if not self.consumer.same(info):
+            return  # made again by another process: there is something to heal
+        floor = (info.get("ack_floor") or {}).get("stream_seq", 0)
+        self.returned = {sequence for sequence in self.returned if sequence > floor}
+        self._floor = floor if info["num_ack_pending"] > held else None
 
     def _silent(self) -> bool:
         raise NotImplementedError
@@ -135,8 +153,9 @@ class StreamFlow(Flow):
         return _sequence(self._latest.reply) if self._latest is not None else 0
 
     def _unsettled(self) -> int | None:
-        """The first stream sequence that this process had and did not settle."""
-        return min([*(_sequence(reply) for reply in self.open), *self.returned], default=None)
+        """The first stream sequence that may not be settled, as far as this process knows."""
+        others = [self._floor + 1] if self._floor is not None else []
+        return min([*map(_sequence, self.open), *self.returned, *others], default=None)
 
     def _resume(self) -> int | None:
         """The stream sequence from which nothing is missed; None for where it was declared."""
@@ -170,6 +189,10 @@ class StreamFlow(Flow):
             try:
                 resume = self._resume()
                 made = await self.consumer.ensure(resume, self._unsettled())
+                if self.consumer.emptied:  # the numbers of the old stream mean nothing
+                    self.open.clear()
+                    self.returned.clear()
+                    self._latest, self._last, self._floor = None, 0, None
                 if made:
                     self._announce(reason, resume)
                 await self._continue(made)

@@ -13,8 +13,13 @@ from typing import Any
 import pytest
 
 from millstream import embedded
-from millstream.cli.dev import missing_nats
-from millstream.embedded import EmbeddedNats, answers, find_nats_server
+from millstream.embedded import (
+    EmbeddedNats,
+    EmbeddedRedis,
+    answers,
+    find_nats_server,
+    missing_server,
+)
 from millstream.errors import ConnectError, MissingExtra
 from tests.cli import apps
 from tests.cli.conftest import Run
@@ -125,14 +130,19 @@ def test_without_nats_server_it_says_what_to_install(run: Run, tmp_path: Path) -
 
 def test_when_a_server_of_our_own_would_help(nats: Any) -> None:
     port = free_port()
-    assert missing_nats(f"nats://127.0.0.1:{port}") == port
-    assert missing_nats(f"localhost:{port}") == port
-    assert missing_nats(f"nats://user:pw@127.0.0.1:{port}, nats://127.0.0.1:1") == port
-    assert missing_nats(f"tls://127.0.0.1:{port}") is None
-    assert missing_nats("nats://broker.example.com:4222") is None
-    assert missing_nats(f"nats://127.0.0.1:{port}, nats://10.0.0.1:4222") is None
-    assert missing_nats(nats.url) is None
-    assert missing_nats("memory") is None
+    needed = (EmbeddedNats, port)
+    assert missing_server(f"nats://127.0.0.1:{port}") == needed
+    assert missing_server(f"localhost:{port}") == needed
+    assert missing_server(f"nats://user:pw@127.0.0.1:{port}, nats://127.0.0.1:1") == needed
+    assert missing_server(f"tls://127.0.0.1:{port}") is None
+    assert missing_server("nats://broker.example.com:4222") is None
+    assert missing_server(f"nats://127.0.0.1:{port}, nats://10.0.0.1:4222") is None
+    assert missing_server(nats.url) is None
+    assert missing_server("memory") is None
+    assert missing_server(f"redis://127.0.0.1:{port}/2") == (EmbeddedRedis, port)
+    assert missing_server(f"rediss://127.0.0.1:{port}") is None
+    assert missing_server(f"redis://127.0.0.1:{port} (cluster)") is None
+    assert missing_server("unix:///run/redis.sock") is None
 
 
 @pytest.fixture

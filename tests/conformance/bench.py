@@ -26,7 +26,8 @@ class Kind:
     ``make(bench, url)`` returns a new broker on the same server (or bus) each time;
     ``run(bench)`` is the context in which all brokers of the bench run; ``source(bench,
     address, group)`` are the options that make ``subscriber(address, ...)`` a source of this
-    kind, those of one ``group`` sharing the messages.
+    kind, those of one ``group`` sharing the messages; ``address`` among them replaces the address
+    where a source is more than that.
     """
 
     name: str
@@ -44,6 +45,12 @@ class Kind:
     #: The default address of an address's dead letters.
     dead: Callable[[Bench, str], str] = lambda bench, address: f"{address}.dlq"
     separator: str = "."
+    #: The options of a plain subscription to an address.
+    plain: Callable[[Bench, str], dict[str, Any]] = lambda bench, address: {}
+    #: What sources of this kind cannot be: "patterns" (an address is one place), "fan-out" (each
+    #: message goes to one taker), "absence" (nobody tells that a request has no taker),
+    #: "hand-over" (what one member of a group left goes to no other).
+    lacks: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -75,11 +82,14 @@ class Bench:
         """Declare a subscription of the bench's kind."""
         group_name = group or f"own-{next(self._count)}"
         source = self.kind.source(self, address, group_name if group or self.acks else "")
-        return (on or self.broker).subscriber(address, **{**source, **options})
+        return (on or self.broker).subscriber(
+            source.pop("address", address), **{**source, **options}
+        )
 
     def capture(self, address: str) -> Any:
         """Declare a plain subscription to what is sent to an address, stored or not."""
-        return self.broker.subscriber(address)
+        plain = self.kind.plain(self, address)
+        return self.broker.subscriber(plain.pop("address", address), **plain)
 
     @property
     def stored(self) -> dict[str, Any]:

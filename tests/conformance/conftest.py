@@ -12,14 +12,17 @@ from tests.conformance.bench import Bench
 from tests.conformance.kinds import KINDS
 
 
-def needs(capability: Capability, *, requests: bool = False) -> Callable[[Any], Any]:
+def needs(
+    capability: Capability = Capability.NOTHING, *kinds: str, requests: bool = False
+) -> Callable[[Any], Any]:
     """Try a behaviour only where the source has all of these capabilities.
 
-    ``requests`` leaves out sources whose server answers requests by itself.
+    ``kinds`` leaves out sources that lack one of them (``Kind.lacks``), ``requests`` those whose
+    server answers requests by itself.
     """
 
     def mark(function: Any) -> Any:
-        function.needs = capability, requests
+        function.needs = capability, frozenset(kinds), requests
         return function
 
     return mark
@@ -27,11 +30,14 @@ def needs(capability: Capability, *, requests: bool = False) -> Callable[[Any], 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "bench" in metafunc.fixturenames:
-        needed, requests = getattr(metafunc.function, "needs", (Capability.NOTHING, False))
+        nothing = Capability.NOTHING, frozenset[str](), False
+        needed, able, requests = getattr(metafunc.function, "needs", nothing)
         kinds = [
             kind
             for kind in KINDS
-            if needed in kind.capabilities and not (requests and kind.stored is not None)
+            if needed in kind.capabilities
+            and not able & kind.lacks
+            and not (requests and kind.stored is not None)
         ]
         metafunc.parametrize("bench", kinds, ids=[kind.name for kind in kinds], indirect=True)
 

@@ -110,6 +110,7 @@ async def test_headers_and_ids_make_the_round_trip(bench: Bench) -> None:
     assert got == [("acme", 3, "none", "c-1", "text/plain")]
 
 
+@needs(Capability.NOTHING, "patterns")
 async def test_placeholders_and_wildcards(bench: Bench) -> None:
     got: list[Any] = []
 
@@ -129,7 +130,7 @@ async def test_placeholders_and_wildcards(bench: Bench) -> None:
     assert got == [("a", "eu", 17, "eu"), ("b", "us", 4, "us")]
 
 
-@needs(Capability.GROUPS)
+@needs(Capability.GROUPS, "fan-out")
 async def test_members_of_a_group_share_the_messages(bench: Bench) -> None:
     got: Counter[str] = Counter()
     bodies: Counter[int] = Counter()

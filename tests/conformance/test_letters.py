@@ -16,7 +16,7 @@ async def read(bench: Bench, address: str) -> list[Letter]:
     return [letter async for letter in bench.broker.driver.letters(address).read()]
 
 
-@needs(Capability.ACK | Capability.NACK)
+@needs(Capability.ACK | Capability.NACK, "fan-out")
 async def test_a_replay_is_for_the_handler_that_failed(bench: Bench) -> None:
     address, trash = bench.address("work"), bench.address("trash")
     got: list[tuple[str, int]] = []

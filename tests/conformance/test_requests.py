@@ -72,7 +72,7 @@ async def test_a_request_that_cannot_be_decoded_is_a_remote_error(bench: Bench) 
     assert caught.value.type.endswith("DecodeError")
 
 
-@needs(Capability.REPLY, requests=True)
+@needs(Capability.REPLY, "absence", requests=True)
 async def test_a_request_to_nobody_fails_at_once(bench: Bench) -> None:
     await bench.start()
     begin = bench.now()

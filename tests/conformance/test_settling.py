@@ -318,7 +318,7 @@ async def test_a_handler_may_settle_by_an_exception(bench: Bench) -> None:
     assert seen[0].committed is Settlement.ACK
 
 
-@needs(REDELIVERS)
+@needs(REDELIVERS, "hand-over")
 async def test_what_a_consumer_left_unsettled_is_delivered_to_the_next(bench: Bench) -> None:
     got: list[tuple[str, int, int]] = []
     address = bench.address("left")
@@ -346,7 +346,7 @@ async def test_what_a_consumer_left_unsettled_is_delivered_to_the_next(bench: Be
     assert got == [("first", 1, 1), ("second", 1, 2)]
 
 
-@needs(REDELIVERS)
+@needs(REDELIVERS, "hand-over")
 async def test_stop_finishes_what_runs_and_hands_back_the_rest(bench: Bench) -> None:
     begun: list[int] = []
     finished: list[int] = []
@@ -386,7 +386,7 @@ async def test_stop_finishes_what_runs_and_hands_back_the_rest(bench: Bench) -> 
     await second.stop()
 
 
-@needs(REDELIVERS)
+@needs(REDELIVERS, "hand-over")
 async def test_what_does_not_finish_in_time_is_handed_back(bench: Bench) -> None:
     got: list[tuple[str, int]] = []
     address = bench.address("cut")

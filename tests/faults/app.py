@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import os
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import msgspec
 from millstream import Millstream
 from millstream.message import Message, current_message
 from tests.faults.ledger import Ledger
-from tests.faults.sources import SOURCES, Setup, Source
+from tests.faults.sources.base import Setup, Source
 
 VARIABLE = "FAULTS_SETUP"
 _runs = itertools.count()
@@ -91,13 +92,15 @@ def build(source: Source, setup: Setup, ledger: Ledger) -> Millstream:
         return order if setup.results else None
 
     if setup.results:
-        handle = broker.publisher(f"{setup.name}.out", **source.results(setup))(handle)
-    broker.subscriber(setup.subject, **source.common(setup), **source.subscription(setup))(handle)
+        made = source.address(setup, "out")
+        handle = broker.publisher(made, **source.results(setup))(handle)
+    options = source.common(setup) | source.subscription(setup)
+    broker.subscriber(options.pop("address", source.address(setup)), **options)(handle)
     app = Millstream(broker, title="faults")
 
     if setup.answers:
 
-        @broker.subscriber(f"{setup.name}.ask", queue="answering")
+        @broker.subscriber(source.address(setup, "ask"), **source.answering(setup))
         async def answer(order: Order, message: Message[Any]) -> str:
             ledger.write("asked", order.id)
             await perform(order, message.attempt, setup.work)
@@ -141,4 +144,6 @@ def _record_settlements(driver: Any, ledger: Ledger) -> None:
 def create() -> Millstream:
     """The application that the environment describes."""
     setup = msgspec.json.decode(os.environ[VARIABLE], type=Setup)
-    return build(SOURCES[setup.source](), setup, Ledger(Path(setup.folder), "worker"))
+    module, _, name = setup.kind.partition(":")
+    source: Source = getattr(import_module(module), name)()
+    return build(source, setup, Ledger(Path(setup.folder), "worker"))

@@ -23,14 +23,25 @@ from tests.faults import app as under_test
 from tests.faults.checker import Fault, Verdict, check
 from tests.faults.ledger import Ledger, Record, read
 from tests.faults.proxy import Proxy
-from tests.faults.sources import SOURCES, Setup
-from tests.helpers import eventually
-from tests.servers import NatsServer
+from tests.faults.registry import SOURCES
+from tests.faults.sources.base import Setup
+from tests.helpers import eventually, unique
+from tests.servers import Server
 
 #: Where a line per scenario goes; nowhere if it is not set.
 RESULTS = "FAULTS_RESULTS"
 #: Seconds that everything together may add to a bound on a busy machine.
 SLACK = 3.0
+#: Servers that run and were left as they had been, by the method that made them: some take
+#: seconds to start.
+_spare: dict[str, list[Server]] = {}
+
+
+def remove_spare() -> None:
+    """Stop all servers that wait for another scenario."""
+    for servers in _spare.values():
+        while servers:
+            servers.pop().remove()
 
 
 class Worker:
@@ -104,46 +115,75 @@ class Worker:
 class Trial:
     """One scenario on one source: server, proxy, sender, workers, ledgers and the verdict."""
 
-    def __init__(
-        self,
-        source: str,
-        folder: Path,
-        *,
-        config: str = "",
-        users: tuple[str, str] = ("", ""),
-        **options: Any,
-    ) -> None:
-        self.source = SOURCES[source]()
+    def __init__(self, source: str, folder: Path, **options: Any) -> None:
+        kind = SOURCES[source]
+        self.source = kind()
         self.folder = folder
         self.ledgers = folder / "ledgers"
-        self.setup = Setup(source=source, folder=str(self.ledgers), **options)
-        #: What stands before the address: the workers' login, and the sender's.
-        self.users = users
+        self.setup = Setup(
+            kind=f"{kind.__module__}:{kind.__qualname__}",
+            folder=str(self.ledgers),
+            name=unique("faults"),
+            **options,
+        )
         self.faults: list[Fault] = []
         self.workers: list[Worker] = []
         self.apps: list[Millstream] = []
-        self.server = NatsServer(config=config) if self.source.processes else None
-        self.proxy: Proxy | None = None
         self.sender: Any = None
         self.ledger = Ledger(self.ledgers, "sender")
+        self._server: Server | None = None
+        #: Where the server goes when nothing happened to it.
+        self._shelf: list[Server] | None = None
+        self._proxy: Proxy | None = None
         self._count = 0
         self._stack = AsyncExitStack()
-        self._began = time.monotonic()
+
+    # Surroundings
+
+    @property
+    def server(self) -> Any:
+        """The server, for damage: no other scenario will use it."""
+        assert self._server is not None, f"{self.source.name} has no server"
+        self._shelf = None
+        return self._server
+
+    @property
+    def proxy(self) -> Proxy:
+        """What stands between the workers and the server; the sender does not pass through it."""
+        assert self._proxy is not None, f"{self.source.name} has no server"
+        return self._proxy
+
+    def lossy(self, number: int) -> int:
+        """How many messages a fault may cost: none where they are stored."""
+        return 0 if self.source.confirms else number
 
     # Life
 
     async def __aenter__(self) -> Self:
-        if self.server is not None:
-            await asyncio.to_thread(self.server.start)
-            self._stack.callback(self.server.remove)
-            self.proxy = await Proxy(self.server.port).start()
-            self._stack.push_async_callback(self.proxy.stop)
-            self.setup.url = f"nats://{self.users[0]}127.0.0.1:{self.proxy.port}"
+        if not self.source.processes:
+            return self
+        if not (self.setup.watched or self.setup.logins):
+            self._shelf = _spare.setdefault(type(self.source).server.__qualname__, [])
+        self._server = self._shelf.pop() if self._shelf else self.source.server(self.setup)
+        assert self._server is not None
+        self._stack.callback(self._leave, self._server)
+        if not self._server.running:
+            await asyncio.to_thread(self._server.start)
+        self._proxy = await Proxy(self._server.port).start()
+        self._stack.push_async_callback(self._proxy.stop)
+        user = "worker" if self.setup.logins else ""
+        self.setup.url = self.source.url(self._proxy.port, user)
         return self
 
+    def _leave(self, server: Server) -> None:
+        if self._shelf is not None and server.running:
+            self._shelf.append(server)
+        else:
+            server.remove()
+
     async def __aexit__(self, *_: object) -> None:
-        if self.proxy is not None:
-            self.proxy.heal()
+        if self._proxy is not None:
+            self._proxy.heal()
         for app in self.apps:
             await app.stop()
         for worker in self.workers:
@@ -174,13 +214,17 @@ class Trial:
         self.apps.append(app)
         return app
 
+    async def consume(self, count: int = 1) -> None:
+        """Run the application in so many processes, or in this one if no other can reach it."""
+        await (self.worker(count) if self.source.processes else self.inside())
+
     async def connect(self) -> Any:
         """The broker that sends and looks; it does not pass through the proxy."""
         if self.sender is None:
-            port = self.server.port if self.server is not None else 0
-            direct = msgspec.structs.replace(
-                self.setup, url=f"nats://{self.users[1]}127.0.0.1:{port}", publish_timeout=2.0
-            )
+            direct = msgspec.structs.replace(self.setup, publish_timeout=2.0)
+            if self._server is not None:
+                user = "sender" if self.setup.logins else ""
+                direct.url = self.source.url(self._server.port, user)
             self.sender = self.source.broker(direct)
             await self.sender.connect()
         return self.sender
@@ -202,19 +246,23 @@ class Trial:
 
     async def put(self, order: under_test.Order, patience: float = 60.0) -> None:
         """Send one message until it is confirmed."""
-        broker = await self.connect()
         self.ledger.write("sent", order.id, key=order.key, seq=order.seq)
         end = time.monotonic() + patience
         while True:
             try:
-                options = self.source.publication(self.setup, order.id)
-                await broker.publish(order, self.setup.subject, **options)
+                await self.publish(order, order.id)
                 break
             except (NotConnected, PublishTimeout, PublishError):
                 if time.monotonic() > end:
                     raise
                 await asyncio.sleep(0.05)
         self.ledger.write("confirmed", order.id)
+
+    async def publish(self, body: Any, id: str, **options: Any) -> None:
+        """Publish once to where the messages go, without a word in the ledger."""
+        broker = await self.connect()
+        options |= self.source.publication(self.setup, id)
+        await broker.publish(body, self.source.address(self.setup), **options)
 
     @asynccontextmanager
     async def load(self, pace: float = 0.02, **do: Any) -> AsyncIterator[None]:
@@ -319,6 +367,10 @@ class Trial:
     def id_of(body: bytes) -> str:
         return msgspec.json.decode(body, type=under_test.Order).id
 
+    async def held(self) -> int:
+        """How many messages the broker holds; -1 if nobody can tell."""
+        return await self.source.held(await self.connect(), self.setup)
+
     def settled(self, id: str) -> bool:
         return any(r.id == id and r.more["how"] != "NACK" for r in self.records("settled"))
 
@@ -348,7 +400,7 @@ class Trial:
             options: as for :func:`check`.
         """
         await self.quiet(timeout)
-        held = await self.source.held(await self.connect(), self.setup)
+        held = await self.held()
         found = check(
             self.records(),
             self.faults,

@@ -1,8 +1,9 @@
 """Random faults against a running set-up: ``python -m tests.faults.schedule --seed 7``.
 
 Each round starts a broker and two workers, sends all the time, and does damage by a schedule
-that its seed alone decides. Then everything heals, and the ledgers are judged. A failure prints
-its seed and what was done.
+that its seed alone decides. Then everything heals, and the ledgers are judged: where messages are
+stored none may be lost; elsewhere none that is sent once everything has healed. A failure prints
+its seed and what was done. ``--source`` chooses the kind of source.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
-from tests.faults.harness import Trial, Worker
+from tests.faults.harness import Trial, Worker, remove_spare
+from tests.faults.registry import SOURCES
+from tests.faults.sources.base import Source
 
 #: Seconds of damage in one round.
 ROUND = 25.0
@@ -53,40 +57,39 @@ class Chaos:
         self.worker.send(signal.SIGHUP)
 
     async def restart_broker(self) -> None:
-        assert self.trial.server is not None
         await asyncio.to_thread(self.trial.server.restart)
 
     async def kill_broker(self) -> None:
-        assert self.trial.server is not None
         await asyncio.to_thread(self.trial.server.kill)
         await asyncio.sleep(self.random.uniform(0.0, 2.0))
         await asyncio.to_thread(self.trial.server.start)
 
     async def freeze_broker(self) -> None:
-        assert self.trial.server is not None
         self.trial.server.suspend()
         await asyncio.sleep(self.random.uniform(0.2, 3.0))
         self.trial.server.resume()
 
     async def reset(self) -> None:
-        assert self.trial.proxy is not None
         self.trial.proxy.reset()
 
     async def black_hole(self) -> None:
         proxy = self.trial.proxy
-        assert proxy is not None
         way = self.random.choice(["up", "down", "both"])
         proxy.hold(up=way != "down", down=way != "up")
         await asyncio.sleep(self.random.uniform(0.5, 5.0))
         proxy.heal()
 
     async def cut(self) -> None:
-        assert self.trial.proxy is not None
         self.trial.proxy.cut(self.random.randrange(1, 3000), up=self.random.random() < 0.5)
 
     async def slow(self) -> None:
-        assert self.trial.proxy is not None
         self.trial.proxy.latency = self.random.uniform(0.0, 0.2)
+
+    async def delete_group(self) -> None:
+        broker = await self.trial.connect()
+        # The broker may be on its way back.
+        with suppress(Exception):
+            await asyncio.wait_for(self.trial.source.delete_group(broker, self.trial.setup), 3.0)
 
     async def run(self, until: float) -> None:
         """Do damage until the given time of the monotonic clock."""
@@ -102,20 +105,22 @@ class Chaos:
             self.cut,
             self.slow,
         ]
+        kind = type(self.trial.source)
+        if kind.delete_group is not Source.delete_group:
+            choices.append(self.delete_group)
         while time.monotonic() < until:
             await asyncio.sleep(self.random.uniform(0.3, 2.0))
             what = self.random.choice(choices)
             self.done.append(what.__name__)
             await what()
-        assert self.trial.proxy is not None
         self.trial.proxy.heal()
 
 
-async def one(seed: int, folder: Path) -> None:
+async def one(source: str, seed: int, folder: Path) -> None:
     """One round; raises AssertionError with everything that is known about it."""
     rng = random.Random(seed)
     async with Trial(
-        "jetstream",
+        source,
         folder,
         # Every crash counts as an attempt, and here it is never the message's fault.
         attempts=50,
@@ -129,43 +134,57 @@ async def one(seed: int, folder: Path) -> None:
         try:
             async with trial.load(pace=rng.choice([0.02, 0.05])), trial.fault("chaos"):
                 await chaos.run(time.monotonic() + ROUND)
+            if not trial.source.confirms:
+                # What is sent before everybody is back may be lost.
+                await worker.ready()
+                await asyncio.sleep(trial.setup.reconnect + 3.0)
+                await trial.send(20)
             found = await trial.verdict(
                 "random schedule",
-                "no loss",
+                "no loss" if trial.source.confirms else "goes on",
+                lost=trial.lossy(sys.maxsize),
                 duplicates=len(chaos.done) * HELD,
                 recovery=15.0,
                 linger=HELD * trial.setup.work + trial.setup.ack_wait,
-                timeout=90,
+                timeout=90 if trial.source.confirms else 3,
             )
         except BaseException as error:
             error.add_note(f"seed {seed}: {', '.join(chaos.done)}")
             raise
         print(
-            f"seed {seed}: {found.sent} sent, {found.duplicated} duplicated, "
-            f"{len(chaos.done)} faults, recovery {max(found.recovery):.1f} s",
+            f"{source}, seed {seed}: {found.sent} sent, {len(found.lost)} lost, "
+            f"{found.duplicated} duplicated, {len(chaos.done)} faults, "
+            f"recovery {max(found.recovery):.1f} s",
             flush=True,
         )
 
 
 async def main() -> int:
     parser = argparse.ArgumentParser()
+    remote = [name for name, kind in SOURCES.items() if kind.processes]
+    parser.add_argument("--source", choices=remote, default="jetstream")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--minutes", type=float, default=5.0)
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(3))
     end = time.monotonic() + 60 * options.minutes
-    while True:
-        with tempfile.TemporaryDirectory(prefix="ms-faults-") as folder:
-            try:
-                await one(seed, Path(folder))
-            except AssertionError as error:
-                print(f"\nFAILED\n{error}")
-                print("\n".join(error.__notes__))
-                print(f"again: make faults-random SEED={seed} MINUTES=0")
-                return 1
-        if time.monotonic() >= end:
-            return 0
-        seed += 1
+    try:
+        while True:
+            with tempfile.TemporaryDirectory(prefix="ms-faults-") as folder:
+                try:
+                    await one(options.source, seed, Path(folder))
+                except AssertionError as error:
+                    print(f"\nFAILED\n{error}")
+                    print("\n".join(error.__notes__))
+                    print(
+                        f"again: make faults-random SOURCE={options.source} SEED={seed} MINUTES=0"
+                    )
+                    return 1
+            if time.monotonic() >= end:
+                return 0
+            seed += 1
+    finally:
+        remove_spare()
 
 
 if __name__ == "__main__":

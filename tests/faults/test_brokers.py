@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from nats.js.api import DiscardPolicy, RetentionPolicy
 
-from millstream.errors import MillstreamError
+from millstream.errors import PublishError
 from tests.faults.app import Order
 from tests.faults.harness import Trial
-from tests.faults.test_network import FETCHED, lossy
-from tests.servers import NatsServer
+from tests.faults.registry import SOURCES, on
+from tests.faults.sources.base import Source
+from tests.faults.test_network import FETCHED
 
 ROUNDS = pytest.mark.parametrize(
     "rounds", [1, pytest.param(5, marks=[pytest.mark.faults, pytest.mark.timeout(240)])]
 )
-BOTH = pytest.mark.parametrize("source", ["jetstream", "nats-core"])
+REMOTE = on(processes=True)
 
 
-def server_of(trial: Trial) -> NatsServer:
-    assert trial.server is not None
-    return trial.server
-
-
-@BOTH
+@REMOTE
 @ROUNDS
 @pytest.mark.parametrize("how", ["restarted", "killed"])
 async def test_f13_f14_the_broker_goes_and_comes_back(
     tmp_path: Path, source: str, rounds: int, how: str
 ) -> None:
     async with Trial(source, tmp_path) as trial:
-        worker, server = await trial.worker(), server_of(trial)
+        worker, server = await trial.worker(), trial.server
         async with trial.load(pace=0.02):
             for _ in range(rounds):
                 await trial.working(15)
@@ -48,32 +41,34 @@ async def test_f13_f14_the_broker_goes_and_comes_back(
             f"{'F13' if how == 'restarted' else 'F14'} broker {how} under load, {rounds} time"
             + "s" * (rounds > 1),
             "no loss, goes on" if trial.source.confirms else "goes on, loss only while away",
-            lost=lossy(trial, rounds * 75),
+            lost=trial.lossy(rounds * 75),
             duplicates=rounds * FETCHED,
             timeout=30 if trial.source.confirms else 2,
         )
         assert len(worker.output.splitlines()) < 10 + 4 * rounds, worker.output
 
 
-async def test_f15_the_broker_comes_back_empty(tmp_path: Path) -> None:
-    async with Trial("jetstream", tmp_path) as trial:
-        worker, server = await trial.worker(), server_of(trial)
+@on(has="wipe")
+async def test_f15_the_broker_comes_back_empty(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path) as trial:
+        worker, server = await trial.worker(), trial.server
         await trial.send(20)
         await trial.quiet()
         async with trial.fault("emptied"):
             await asyncio.to_thread(server.stop)
-            shutil.rmtree(server.folder / "store")
+            trial.source.wipe(server)
             await asyncio.to_thread(server.start)
         await trial.send(20)  # once the application has made its stream again
         await trial.verdict(
-            "F15 broker comes back empty", "stream and consumer made again, no loss afterwards"
+            "F15 broker comes back empty", "what it needs is made again, no loss afterwards"
         )
-        assert worker.process.count("WARNING .* is made again") == 1
+        assert worker.process.count("WARNING .* is made again") == trial.source.notices
 
 
-async def test_f16_the_broker_is_away_at_the_start(tmp_path: Path) -> None:
-    async with Trial("jetstream", tmp_path) as trial:
-        server = server_of(trial)
+@REMOTE
+async def test_f16_the_broker_is_away_at_the_start(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path) as trial:
+        server = trial.server
         await asyncio.to_thread(server.stop)
         worker = await trial.worker(ready=False)
         await trial.until(lambda: worker.process.count("next try in") >= 2)
@@ -88,10 +83,10 @@ async def test_f16_the_broker_is_away_at_the_start(tmp_path: Path) -> None:
 
 @pytest.mark.faults
 @pytest.mark.timeout(180)
-@BOTH
+@REMOTE
 async def test_f16_the_broker_is_away_for_long(tmp_path: Path, source: str) -> None:
     async with Trial(source, tmp_path) as trial:
-        worker, server = await trial.worker(), server_of(trial)
+        worker, server = await trial.worker(), trial.server
         await trial.send(20)
         await trial.quiet()
         async with trial.fault("away"):
@@ -105,69 +100,124 @@ async def test_f16_the_broker_is_away_for_long(tmp_path: Path, source: str) -> N
         assert lines < 8, worker.output
 
 
-@pytest.mark.parametrize("what", ["consumer", "stream"])
-async def test_f29_an_operator_deletes_it(tmp_path: Path, what: str) -> None:
-    async with Trial("jetstream", tmp_path) as trial:
+@on(has="delete_group")
+async def test_f29_an_operator_deletes_the_group(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path) as trial:
         worker = await trial.worker()
         await trial.send(20)
-        broker, name = await trial.connect(), trial.setup.name
-        if what == "consumer":
-            async with trial.load(pace=0.02):
-                await trial.working(5)
-                async with trial.fault("deleted"):
-                    await broker.js.delete_consumer(name, "workers")
-                await trial.working(20)
-        else:
-            await trial.quiet()
+        async with trial.load(pace=0.02):
+            await trial.working(5)
             async with trial.fault("deleted"):
-                await broker.js.delete_stream(name)
-            await trial.send(20)
+                await trial.source.delete_group(await trial.connect(), trial.setup)
+            await trial.working(20)
         await trial.verdict(
-            f"F29 {what} deleted while running", "made again, said, no loss", duplicates=FETCHED
+            "F29 consumer group deleted",
+            "made again, said, no loss",
+            duplicates=FETCHED,
         )
         assert worker.process.count("WARNING .* is made again") == 1, worker.output
 
 
-USERS = """
-server_name: {name}
-authorization {{ users: [
-  {{ user: sender, password: pw }}
-  {{ user: worker, password: pw, permissions: {{ publish: {{ deny: [{deny}] }} }} }}
-] }}
-"""
+@on(has="delete_group")
+async def test_f29_who_makes_the_group_again_does_not_know_everything(
+    tmp_path: Path, source: str
+) -> None:
+    async with Trial(source, tmp_path, delay=3.0) as trial:
+        worker = await trial.worker(2)
+        await trial.send(20)
+        [failing] = await trial.send(1, do="raise", first=True)
+        await trial.send(20)
+        await trial.until(lambda: trial.count("effect") == 40)
+        # The worker that handed it back, to have it again later, stands still; the other one
+        # goes on behind what it had itself.
+        [holder] = {r.pid for r in trial.records("start") if r.id == failing}
+        assert len({r.pid for r in trial.records("effect")}) == 2
+        async with trial.fault("deleted"):
+            worker.send(signal.SIGSTOP, holder)
+            await trial.source.delete_group(await trial.connect(), trial.setup)
+            await trial.send(20)
+            await trial.until(lambda: worker.process.count("WARNING .* is made again"))
+            worker.send(signal.SIGCONT, holder)
+        await trial.verdict(
+            "F29 consumer group deleted, others have retries to come",
+            "no loss",
+            duplicates=60,
+            recovery=5,  # the retry's own delay
+            linger=3.0,  # until the one that stood still has looked
+        )
 
 
-LOGINS = ("worker:pw@", "sender:pw@")
+@on(has="delete_group")
+async def test_f29_the_group_is_deleted_after_a_worker_died(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path, work=0.05, ack_wait=4.0) as trial:
+        worker = await trial.worker(2)
+        async with trial.load(pace=0.02):
+            await trial.working(10)
+            # What the dead one held is known to the group alone, until it comes again.
+            await worker.kill(worker.pids[0])
+            await asyncio.sleep(2.0)
+            async with trial.fault("deleted"):
+                await trial.source.delete_group(await trial.connect(), trial.setup)
+                await trial.until(lambda: worker.process.count("WARNING .* is made again"))
+            await trial.working(20)
+        await trial.verdict(
+            "F29 consumer group deleted after a worker died", "no loss", duplicates=300, linger=3.0
+        )
 
 
-def permit(trial: Trial, deny: str) -> None:
-    """Deny the worker to publish to something, from now on."""
-    server = server_of(trial)
-    server.config = USERS.format(name=server.server_name, deny=deny)
-    if server.running:
-        (server.folder / "nats.conf").write_text(server.config)
-        os.kill(server.pid, signal.SIGHUP)
+@on(has="delete_source")
+async def test_f29_an_operator_deletes_the_source(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path) as trial:
+        worker = await trial.worker()
+        await trial.send(20)
+        await trial.quiet()
+        async with trial.fault("deleted"):
+            await trial.source.delete_source(await trial.connect(), trial.setup)
+        await trial.send(20)  # once the application has made it again
+        await trial.verdict(
+            "F29 stream or queue deleted while running", "made again, said, no loss"
+        )
+        assert worker.process.count("WARNING .* is made again") == 1, worker.output
+
+
+@on(has="delete_source")
+async def test_f29_then_the_group_is_deleted_too(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path) as trial:
+        if type(trial.source).delete_group is Source.delete_group:
+            pytest.skip(f"{source} has no group to delete")
+        worker, broker = await trial.worker(), await trial.connect()
+        await trial.send(40)
+        await trial.quiet()
+        async with trial.fault("deleted"):
+            await trial.source.delete_source(broker, trial.setup)
+        await trial.send(5)  # with other numbers than before
+        await trial.quiet()
+        async with trial.fault("deleted"):
+            await trial.source.delete_group(broker, trial.setup)
+        await trial.send(10)
+        await trial.verdict("F29 first what holds the messages deleted, then the group", "no loss")
+        assert worker.process.count("WARNING .* is made again") == 2, worker.output
+
+
+def forbidden(*what: str) -> pytest.MarkDecorator:
+    """Every source on which one of these can be forbidden."""
+    pairs = [(name, one) for name, kind in SOURCES.items() for one in kind.forbids if one in what]
+    return pytest.mark.parametrize(("source", "what"), pairs)
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(
-    ("what", "deny"),
-    [("fetch", '"$JS.API.CONSUMER.MSG.NEXT.>"'), ("acknowledge", '"$JS.ACK.>"')],
-    ids=["fetch", "ack"],
-)
-async def test_f29_a_permission_is_revoked(tmp_path: Path, what: str, deny: str) -> None:
-    trial = Trial("jetstream", tmp_path, users=LOGINS, work=0.05, attempts=50)
-    permit(trial, "")
-    async with trial:
-        worker = await trial.worker()
+@forbidden("fetch", "acknowledge")
+async def test_f29_a_permission_is_revoked(tmp_path: Path, source: str, what: str) -> None:
+    async with Trial(source, tmp_path, logins=True, work=0.05, attempts=50) as trial:
+        worker, denied = await trial.worker(), trial.source.denied
         async with trial.load(pace=0.06):
             await trial.working(5)
             async with trial.fault("revoked"):
-                permit(trial, deny)
-                await trial.until(lambda: worker.process.count("ermissions violation"), 20)
+                trial.source.forbid(trial.server, what)
+                await trial.until(lambda: worker.process.count(denied), 20)
                 await asyncio.sleep(3)
-                permit(trial, "")
+                trial.source.forbid(trial.server, "")
             await trial.working(10, 40)
         # A request that nobody answers is noticed after two missing signs of life, 11 s.
         await trial.verdict(
@@ -177,46 +227,40 @@ async def test_f29_a_permission_is_revoked(tmp_path: Path, what: str, deny: str)
             recovery=15,
             timeout=60,
         )
-        assert worker.process.count("ermissions violation") <= 10 + 6, worker.output
+        assert worker.process.count(denied) <= 10 + 6, worker.output
 
 
 @pytest.mark.faults
-async def test_lost_acknowledgements_are_no_crashes(tmp_path: Path) -> None:
-    trial = Trial("jetstream", tmp_path, users=LOGINS, attempts=2, ack_wait=1.0)
-    permit(trial, "")
-    async with trial:
+@forbidden("acknowledge")
+async def test_lost_acknowledgements_are_no_crashes(tmp_path: Path, source: str, what: str) -> None:
+    async with Trial(source, tmp_path, logins=True, attempts=2, ack_wait=1.0) as trial:
         worker = await trial.worker()
         async with trial.fault("revoked"):
-            permit(trial, '"$JS.ACK.>"')
+            trial.source.forbid(trial.server, what)
             await trial.send(3)
-            await trial.until(lambda: worker.process.count("ermissions violation") >= 8, 20)
-            permit(trial, "")
+            await trial.until(lambda: worker.process.count(trial.source.denied) >= 8, 20)
+            trial.source.forbid(trial.server, "")
         await trial.verdict(
             "Acknowledgements lost twice", "handled, so no dead letter", duplicates=12
         )
 
 
-async def test_f32_the_store_is_full(tmp_path: Path) -> None:
-    settings = {
-        "max_bytes": 20_000,
-        "discard": DiscardPolicy.NEW,
-        "retention": RetentionPolicy.WORK_QUEUE,
-    }
-    async with Trial("jetstream", tmp_path, stream=settings) as trial:
+@on(has="full")
+async def test_f32_the_store_is_full(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path, room=20_000) as trial:
         worker = await trial.worker()
         await trial.send(5)
         await worker.stop()
-        broker, refused = await trial.connect(), 0
+        refused = 0
         async with trial.fault("full"):
             for n in range(200):
                 order = Order(id=f"full{n}", key="k", seq=n)
                 trial.ledger.write("sent", order.id)
-                options = trial.source.publication(trial.setup, order.id)
                 try:
-                    await broker.publish(order, trial.setup.subject, **options)
-                except MillstreamError as error:
+                    await trial.publish(order, order.id)
+                except PublishError as error:
                     refused += 1
-                    assert "was not stored" in str(error) and "maximum bytes" in str(error)
+                    assert trial.source.full in str(error)
                 else:
                     trial.ledger.write("confirmed", order.id)
             assert 0 < refused < 200

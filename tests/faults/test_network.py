@@ -9,24 +9,15 @@ from typing import Any
 import pytest
 
 from tests.faults.harness import Trial
-from tests.faults.proxy import Proxy
+from tests.faults.registry import on
 
-BOTH = pytest.mark.parametrize("source", ["jetstream", "nats-core"])
+REMOTE = on(processes=True)
+STORED = on(confirms=True, processes=True)
 #: Messages that may be fetched and not acknowledged when a connection breaks.
 FETCHED = 16
 
 
-def proxy_of(trial: Trial) -> Proxy:
-    assert trial.proxy is not None
-    return trial.proxy
-
-
-def lossy(trial: Trial, number: int) -> int:
-    """How many messages a fault may cost: none where they are stored."""
-    return 0 if trial.source.confirms else number
-
-
-@BOTH
+@REMOTE
 async def test_f17_reset(tmp_path: Path, source: str) -> None:
     async with Trial(source, tmp_path) as trial:
         worker = await trial.worker()
@@ -34,19 +25,19 @@ async def test_f17_reset(tmp_path: Path, source: str) -> None:
             for _ in range(3):
                 await trial.working(10)
                 async with trial.fault("reset"):
-                    proxy_of(trial).reset()
+                    trial.proxy.reset()
             await trial.working(20)
         await trial.verdict(
             "F17 connection reset, 3 times",
             "no loss" if trial.source.confirms else "loss only while away",
-            lost=lossy(trial, 3 * 75),
+            lost=trial.lossy(3 * 75),
             duplicates=3 * FETCHED,
             timeout=15 if trial.source.confirms else 2,
         )
         assert worker.process.count("connection lost") == worker.process.count("connected again")
 
 
-@BOTH
+@REMOTE
 @pytest.mark.faults
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("ways", [("up", "down"), ("up",), ("down",)], ids="-".join)
@@ -59,32 +50,31 @@ async def test_f18_f19_black_hole(
         async with trial.load(pace=0.02):
             await trial.working(10)
             async with trial.fault("black hole"):
-                proxy_of(trial).hold(up="up" in ways, down="down" in ways)
+                trial.proxy.hold(up="up" in ways, down="down" in ways)
                 # Noticed by missing answers: two pings, one second apart.
                 await trial.until(lambda: worker.process.count("connection lost"), 6)
                 await asyncio.sleep(seconds - 4)
-                proxy_of(trial).heal()
+                trial.proxy.heal()
             await trial.working(20)
         what = "both ways" if len(ways) == 2 else f"{ways[0]} only"
         await trial.verdict(
             f"F18/F19 black hole {what}, {seconds:g} s",
             "noticed, no loss" if trial.source.confirms else "noticed, loss only while away",
-            lost=lossy(trial, 50 * int(seconds + 10)),
+            lost=trial.lossy(50 * int(seconds + 10)),
             duplicates=FETCHED,
             timeout=60 if trial.source.confirms else 2,
         )
 
 
-@pytest.mark.parametrize("source", ["jetstream"])
+@STORED
 async def test_f19_the_peer_is_gone_without_a_word(tmp_path: Path, source: str) -> None:
-    config = 'ping_interval: "1s"\nping_max: 2\n'
-    async with Trial(source, tmp_path, config=config, ack_wait=1.0) as trial:
+    async with Trial(source, tmp_path, watched=True, ack_wait=1.0) as trial:
         worker = await trial.worker()
         async with trial.load(pace=0.03):
             await trial.working(10)
             # New connections work at once: the rest is the time to notice.
             async with trial.fault("half open"):
-                proxy_of(trial).drop()
+                trial.proxy.drop()
             await trial.until(lambda: worker.process.count("connected again"), 10)
             await trial.working(20)
         notice = 3 * trial.setup.ping  # two pings unanswered, seen with the third
@@ -98,11 +88,12 @@ async def test_f19_the_peer_is_gone_without_a_word(tmp_path: Path, source: str) 
         )
 
 
+@STORED
 @pytest.mark.faults
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("up", [True, False], ids=["up", "down"])
-async def test_f20_cut_at_every_place_of_a_frame(tmp_path: Path, up: bool) -> None:
-    async with Trial("jetstream", tmp_path, work=0.0, reconnect=0.1, ack_wait=1.0) as trial:
+async def test_f20_cut_at_every_place_of_a_frame(tmp_path: Path, source: str, up: bool) -> None:
+    async with Trial(source, tmp_path, work=0.0, reconnect=0.1, ack_wait=1.0) as trial:
         worker = await trial.worker()
         cuts = 0
         async with trial.load(pace=0.005):
@@ -110,8 +101,8 @@ async def test_f20_cut_at_every_place_of_a_frame(tmp_path: Path, up: bool) -> No
             for after in range(1, 400, 13):
                 await trial.working(1)
                 async with trial.fault("cut"):
-                    proxy_of(trial).cut(after, up=up)
-                    await trial.until(lambda: not proxy_of(trial).cuts)
+                    trial.proxy.cut(after, up=up)
+                    await trial.until(lambda: not trial.proxy.cuts)
                     cuts += 1
             await trial.working(20)
         await trial.verdict(
@@ -124,12 +115,13 @@ async def test_f20_cut_at_every_place_of_a_frame(tmp_path: Path, up: bool) -> No
         assert "DecodeError" not in worker.output, worker.output
 
 
+@STORED
 @pytest.mark.faults
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("up", [True, False], ids=["up", "down"])
-async def test_f20_cut_while_connecting(tmp_path: Path, up: bool) -> None:
-    async with Trial("jetstream", tmp_path, reconnect=0.1, ack_wait=1.0) as trial:
-        worker, proxy = await trial.worker(), proxy_of(trial)
+async def test_f20_cut_while_connecting(tmp_path: Path, source: str, up: bool) -> None:
+    async with Trial(source, tmp_path, reconnect=0.1, ack_wait=1.0) as trial:
+        worker, proxy = await trial.worker(), trial.proxy
         cuts = [1, 3, 4, 5, *range(6, 700, 23)]
         async with trial.load(pace=0.01):
             for after in cuts:
@@ -149,22 +141,24 @@ async def test_f20_cut_while_connecting(tmp_path: Path, up: bool) -> None:
         assert "DecodeError" not in worker.output, worker.output
 
 
+@STORED
 @pytest.mark.faults
 @pytest.mark.timeout(180)
-async def test_f21_a_slow_network(tmp_path: Path) -> None:
-    async with Trial("jetstream", tmp_path, concurrency=4) as trial:
-        proxy_of(trial).latency = 0.15
+async def test_f21_a_slow_network(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path, concurrency=4) as trial:
+        trial.proxy.latency = 0.15
         worker = await trial.worker()
         await trial.send(300)
         await trial.verdict("F21 300 ms round trip", "no loss, no reconnect", timeout=60)
         assert not worker.process.count("connection lost")
 
 
+@STORED
 @pytest.mark.faults
 @pytest.mark.timeout(240)
-async def test_f22_flapping(tmp_path: Path) -> None:
-    async with Trial("jetstream", tmp_path) as trial:
-        worker, proxy = await trial.worker(), proxy_of(trial)
+async def test_f22_flapping(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path) as trial:
+        worker, proxy = await trial.worker(), trial.proxy
         async with trial.load(pace=0.03):
             await trial.working(10)
             async with trial.fault("flapping"):
@@ -187,18 +181,19 @@ async def test_f22_flapping(tmp_path: Path) -> None:
 
 async def tasks_and_links(trial: Trial, app: Any) -> tuple[int, int]:
     await asyncio.sleep(0.3)
-    return len(asyncio.all_tasks()), proxy_of(trial).live
+    return len(asyncio.all_tasks()), trial.proxy.live
 
 
-async def test_i7_tasks_are_back_to_their_number(tmp_path: Path) -> None:
-    async with Trial("jetstream", tmp_path, reconnect=0.1) as trial:
+@STORED
+async def test_i7_tasks_are_back_to_their_number(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path, reconnect=0.1) as trial:
         app = await trial.inside()
         await trial.send(5)
         await trial.quiet()
         before = await tasks_and_links(trial, app)
         for _ in range(10):
             async with trial.fault("reset"):
-                proxy_of(trial).reset()
+                trial.proxy.reset()
             await trial.send(3)
             await trial.quiet()
         await trial.verdict(

@@ -6,17 +6,14 @@ import asyncio
 import signal
 from pathlib import Path
 
-import pytest
-from nats.js.api import DiscardPolicy
-
 from tests.faults.app import Order
 from tests.faults.harness import Trial, gaps
+from tests.faults.registry import on
 
-IN_PROCESS = ["jetstream", "memory"]
 
-
-async def test_f11_a_worker_stands_still_and_goes_on(tmp_path: Path) -> None:
-    async with Trial("jetstream", tmp_path, ack_wait=1.0, work=0.05) as trial:
+@on(confirms=True, processes=True)
+async def test_f11_a_worker_stands_still_and_goes_on(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path, ack_wait=1.0, work=0.05) as trial:
         worker = await trial.worker(2)
         async with trial.load(pace=0.04):
             await trial.working(5)
@@ -33,8 +30,9 @@ async def test_f11_a_worker_stands_still_and_goes_on(tmp_path: Path) -> None:
         )
 
 
-async def test_f12_a_handler_blocks_the_event_loop(tmp_path: Path) -> None:
-    async with Trial("jetstream", tmp_path, ack_wait=1.0, work=0.05) as trial:
+@on(confirms=True, processes=True)
+async def test_f12_a_handler_blocks_the_event_loop(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path, ack_wait=1.0, work=0.05) as trial:
         worker = await trial.worker(2)
         async with trial.load(pace=0.02):
             await trial.working(5)
@@ -51,7 +49,7 @@ async def test_f12_a_handler_blocks_the_event_loop(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("source", IN_PROCESS)
+@on(confirms=True, deadline=True)
 async def test_f23_a_handler_slower_than_the_ack_deadline(tmp_path: Path, source: str) -> None:
     async with Trial(source, tmp_path, ack_wait=1.0) as trial:
         await trial.inside()
@@ -61,7 +59,7 @@ async def test_f23_a_handler_slower_than_the_ack_deadline(tmp_path: Path, source
         assert trial.count("start") == 6
 
 
-@pytest.mark.parametrize("source", IN_PROCESS)
+@on(confirms=True)
 async def test_f24_a_handler_that_always_fails(tmp_path: Path, source: str) -> None:
     async with Trial(source, tmp_path, attempts=4, delay=0.2) as trial:
         await trial.inside()
@@ -78,14 +76,12 @@ async def test_f24_a_handler_that_always_fails(tmp_path: Path, source: str) -> N
         assert headers["ms-error-type"] == "ValueError" and headers["ms-attempts"] == "4"
 
 
-@pytest.mark.parametrize("source", IN_PROCESS)
+@on(confirms=True)
 async def test_f24_poison_goes_to_the_dead_letters_as_it_was(tmp_path: Path, source: str) -> None:
     async with Trial(source, tmp_path) as trial:
         await trial.inside()
-        broker = await trial.connect()
         poison = b'\xff\x00{"id": nothing}'
-        options = trial.source.publication(trial.setup, "poison")
-        await broker.publish(poison, trial.setup.subject, **options)
+        await trial.publish(poison, "poison")
         await trial.send(20)
         await trial.verdict("F24 poison body", "dead letter at once, bytes untouched")
         letters = await trial.letters()
@@ -94,8 +90,9 @@ async def test_f24_poison_goes_to_the_dead_letters_as_it_was(tmp_path: Path, sou
         assert letters[0][1]["ms-attempts"] == "1"
 
 
-async def test_f24_a_storm_of_failures_is_no_storm_of_lines(tmp_path: Path) -> None:
-    async with Trial("jetstream", tmp_path, attempts=2, delay=0.1, concurrency=8) as trial:
+@on(confirms=True, processes=True)
+async def test_f24_a_storm_of_failures_is_no_storm_of_lines(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path, attempts=2, delay=0.1, concurrency=8) as trial:
         worker = await trial.worker()
         await trial.send(200, do="raise")
         await trial.verdict("F24 every message fails", "all dead letters, few lines")
@@ -106,44 +103,38 @@ async def test_f24_a_storm_of_failures_is_no_storm_of_lines(tmp_path: Path) -> N
         assert lines <= 10 + seconds + 2, f"{lines} lines in {seconds:.1f} s"
 
 
-async def test_f25_a_dead_letter_that_is_refused(tmp_path: Path) -> None:
-    async with Trial("jetstream", tmp_path, attempts=2, delay=0.1, ack_wait=1.0) as trial:
+@on(has="refuse_letters")
+async def test_f25_a_dead_letter_that_is_refused(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path, attempts=2, delay=0.1, ack_wait=1.0) as trial:
         broker = await trial.connect()
-        # One message fills it, and it takes no other one.
-        name, subject = f"{trial.setup.name}_dlq", f"{trial.setup.name}.dlq"
-        await broker.js.add_stream(
-            name=name, subjects=[subject], max_msgs=1, discard=DiscardPolicy.NEW
-        )
-        await broker.js.publish(subject, b'{"id": "other"}')
+        await trial.source.refuse_letters(broker, trial.setup)
         worker = await trial.worker()
-        async with trial.fault("full"):
+        async with trial.fault("refused"):
             [bad] = await trial.send(1, do="raise")
             await trial.send(10)
             await trial.until(lambda: worker.process.count("and its dead letter too") >= 2)
-            assert not trial.settled(bad) and await trial.source.held(broker, trial.setup) == 1
-            await broker.js.purge_stream(name)
+            assert not trial.settled(bad) and await trial.held() == 1
+            await trial.source.take_letters(broker, trial.setup)
         await trial.verdict(
             "F25 dead letter refused", "the original stays until it is taken", recovery=6
         )
         assert [trial.id_of(body) for body, _ in await trial.letters()] == [bad]
 
 
-async def test_f26_what_is_sent_twice_is_handled_once(tmp_path: Path) -> None:
-    async with Trial("jetstream", tmp_path, dedup=True, work=0.02) as trial:
-        await trial.worker(2)
-        broker = await trial.connect()
+@on(confirms=True)
+async def test_f26_what_is_sent_twice_is_handled_once(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path, dedup=True, work=0.02) as trial:
+        await trial.consume(2)
         for n in range(20):
             order = Order(id=f"m{n}", key="k")
             trial.ledger.write("sent", order.id)
-            for copy in "ab":  # another id for the stream: it stores both
-                await broker.publish(
-                    order, trial.setup.subject, stream=trial.setup.name, message_id=f"{copy}{n}"
-                )
+            for copy in "ab":  # another id for the broker: it stores both
+                await trial.publish(order, f"{copy}{n}")
             trial.ledger.write("confirmed", order.id)
         await trial.verdict("F26 every message sent twice, with Dedup", "one effect each")
 
 
-@pytest.mark.parametrize("source", IN_PROCESS)
+@on(confirms=True)
 async def test_i3_order_per_key_with_failures(tmp_path: Path, source: str) -> None:
     async with Trial(source, tmp_path, ordered=True, concurrency=4, delay=0.1) as trial:
         await trial.inside()

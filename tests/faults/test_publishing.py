@@ -10,7 +10,6 @@ import pytest
 
 from millstream.errors import (
     MessageTooLarge,
-    NoResponders,
     NotConnected,
     PublishTimeout,
     RequestTimeout,
@@ -18,17 +17,20 @@ from millstream.errors import (
 from tests.faults.app import Order
 from tests.faults.checker import Verdict
 from tests.faults.harness import Trial
-from tests.faults.test_brokers import server_of
+from tests.faults.registry import on
 from tests.helpers import eventually
 
 
+@on(confirms=True, processes=True)
 @pytest.mark.parametrize("how", ["stopped", "frozen"])
-async def test_f34_publishing_into_an_outage_is_bounded(tmp_path: Path, how: str) -> None:
-    async with Trial("jetstream", tmp_path) as trial:
+async def test_f34_publishing_into_an_outage_is_bounded(
+    tmp_path: Path, source: str, how: str
+) -> None:
+    async with Trial(source, tmp_path) as trial:
         await trial.worker()
         await trial.send(5)
         await trial.quiet()
-        broker, server = await trial.connect(), server_of(trial)
+        server = trial.server
         async with trial.fault(how):
             await asyncio.to_thread(server.stop if how == "stopped" else server.suspend)
             begin = time.monotonic()
@@ -37,8 +39,7 @@ async def test_f34_publishing_into_an_outage_is_bounded(tmp_path: Path, how: str
                 order = Order(id=f"late{n}")
                 trial.ledger.write("sent", order.id)
                 with pytest.raises((NotConnected, PublishTimeout)):
-                    options = trial.source.publication(trial.setup, order.id)
-                    await broker.publish(order, trial.setup.subject, timeout=1.0, **options)
+                    await trial.publish(order, order.id, timeout=1.0)
 
             # Many at once wait for as long as one, and nothing piles up without end.
             await asyncio.gather(*(one(n) for n in range(200)))
@@ -50,22 +51,28 @@ async def test_f34_publishing_into_an_outage_is_bounded(tmp_path: Path, how: str
         )
 
 
-async def test_f36_a_payload_over_the_limit(tmp_path: Path) -> None:
-    async with Trial("jetstream", tmp_path, config="max_payload: 10000\n") as trial:
-        await trial.worker()
-        broker = await trial.connect()
-        with pytest.raises(MessageTooLarge, match="10,000"):
-            await broker.publish(b"x" * 10_001, trial.setup.subject, stream=trial.setup.name)
-        assert broker.connection.stats["reconnects"] == 0
+@on(has="max_message")
+async def test_f36_a_payload_over_the_limit(
+    tmp_path: Path, source: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Trial(source, tmp_path) as trial:
+        await trial.consume()
+        limit = trial.source.max_message
+        assert limit is not None
+        with pytest.raises(MessageTooLarge, match=f"{limit}|{limit:,}"):
+            await trial.publish(b"x" * (limit + 1), "large")
         await trial.send(5)
+        assert "connection lost" not in caplog.text
         await trial.verdict("F36 payload over the limit", "an error, the connection survives")
 
 
-async def test_f43_the_responder_is_killed(tmp_path: Path) -> None:
-    async with Trial("nats-core", tmp_path, answers=True) as trial:
+@on(has="nobody")
+async def test_f43_the_responder_is_killed(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path, answers=True) as trial:
         worker = await trial.worker()
         broker = await trial.connect()
-        ask = f"{trial.setup.name}.ask"
+        ask, alone = trial.source.address(trial.setup, "ask"), trial.source.nobody
+        assert alone is not None
 
         async def request(timeout: float, **do: object) -> str:
             order = Order(id=f"r{time.monotonic()}", **do)  # type: ignore[arg-type]
@@ -80,10 +87,9 @@ async def test_f43_the_responder_is_killed(tmp_path: Path) -> None:
         async def nobody() -> bool:
             try:
                 await request(0.2)
-            except NoResponders:
-                return True
-            except RequestTimeout:  # the server has not seen the end of the connection yet
-                return False
+            except (alone, RequestTimeout) as error:
+                # A timeout: the server has not seen the end of the connection yet.
+                return isinstance(error, alone)
             raise AssertionError("a dead process answered")
 
         await eventually(nobody)
@@ -91,7 +97,7 @@ async def test_f43_the_responder_is_killed(tmp_path: Path) -> None:
         assert all(isinstance(end, RequestTimeout) for end in ends)
         assert 1.9 < time.monotonic() - begin < 4.0
         # Nobody waits for an answer any more.
-        await eventually(lambda: not broker.driver._replies._waiting)
+        await eventually(lambda: trial.source.asking(broker) == 0)
         await trial.worker()
         healed = time.monotonic()
         assert await request(2.0)

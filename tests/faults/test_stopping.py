@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from millstream.driver import Capability
 from tests.faults.harness import Trial
+from tests.faults.registry import on
 
 #: Seconds from a signal to the end that are allowed beyond the drain's own.
 MARGIN = 1.0
+STORED = on(confirms=True, processes=True)
 
 
-@pytest.mark.parametrize("source", ["jetstream", "nats-core"])
+@on(processes=True, capabilities=Capability.GROUPS)
 @pytest.mark.parametrize(
     "count", [1, pytest.param(4, marks=[pytest.mark.faults, pytest.mark.timeout(120)])]
 )
@@ -27,15 +30,16 @@ async def test_f06_sigterm_under_load(tmp_path: Path, source: str, count: int) -
         if trial.source.confirms:
             async with trial.fault("stopped"):
                 await trial.worker(count)
-        # What core NATS had delivered is finished; zero duplicates, since all had the time.
+        # Zero duplicates, since all had the time; an at-most-once source finishes what it has.
         await trial.verdict(
             f"F06 SIGTERM under load, {count} worker" + "s" * (count > 1),
             "no loss, no duplicate, exit in time",
         )
 
 
-async def test_f07_a_handler_longer_than_the_drain(tmp_path: Path) -> None:
-    async with Trial("jetstream", tmp_path, grace=1.0) as trial:
+@STORED
+async def test_f07_a_handler_longer_than_the_drain(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path, grace=1.0) as trial:
         worker = await trial.worker()
         await trial.send(1, do="sleep", seconds=30.0, first=True)
         await trial.until(lambda: trial.count("start"))
@@ -49,9 +53,10 @@ async def test_f07_a_handler_longer_than_the_drain(tmp_path: Path) -> None:
         )
 
 
+@STORED
 @pytest.mark.parametrize("do", ["swallow", "thread"])
-async def test_f08_a_handler_that_cannot_be_cancelled(tmp_path: Path, do: str) -> None:
-    async with Trial("jetstream", tmp_path, grace=1.0, ack_wait=3.0) as trial:
+async def test_f08_a_handler_that_cannot_be_cancelled(tmp_path: Path, source: str, do: str) -> None:
+    async with Trial(source, tmp_path, grace=1.0, ack_wait=3.0) as trial:
         worker = await trial.worker()
         await trial.send(1, do=do, seconds=30.0, first=True)
         await trial.until(lambda: trial.count("start"))
@@ -66,9 +71,10 @@ async def test_f08_a_handler_that_cannot_be_cancelled(tmp_path: Path, do: str) -
         )
 
 
+@STORED
 @pytest.mark.parametrize("count", [1, 2])
-async def test_f09_the_second_signal_means_now(tmp_path: Path, count: int) -> None:
-    async with Trial("jetstream", tmp_path, grace=20.0) as trial:
+async def test_f09_the_second_signal_means_now(tmp_path: Path, source: str, count: int) -> None:
+    async with Trial(source, tmp_path, grace=20.0) as trial:
         worker = await trial.worker(count)
         await trial.send(1, do="sleep", seconds=30.0, first=True)
         await trial.until(lambda: trial.count("start"))
@@ -80,11 +86,12 @@ async def test_f09_the_second_signal_means_now(tmp_path: Path, count: int) -> No
         await trial.verdict("F09 SIGTERM twice", "exit at once, not acked, comes again")
 
 
+@on(processes=True, capabilities=Capability.GROUPS)
 @pytest.mark.parametrize(
     "rolls", [1, pytest.param(5, marks=[pytest.mark.faults, pytest.mark.timeout(180)])]
 )
-async def test_f10_rolling_reload(tmp_path: Path, rolls: int) -> None:
-    async with Trial("jetstream", tmp_path, work=0.02) as trial:
+async def test_f10_rolling_reload(tmp_path: Path, source: str, rolls: int) -> None:
+    async with Trial(source, tmp_path, work=0.005) as trial:
         worker = await trial.worker(2)
         least = 2
         async with trial.load(pace=0.01):
@@ -105,15 +112,7 @@ async def test_f10_rolling_reload(tmp_path: Path, rolls: int) -> None:
             await trial.working(10)
         assert least >= 1
         await trial.verdict(
-            f"F10 rolling reload, {rolls} time" + "s" * (rolls > 1), "no loss, no duplicate"
+            f"F10 rolling reload, {rolls} time" + "s" * (rolls > 1),
+            "no loss, no duplicate",
+            timeout=30 if trial.source.confirms else 5,
         )
-
-
-async def test_f10_rolling_reload_of_core_loses_nothing(tmp_path: Path) -> None:
-    async with Trial("nats-core", tmp_path, work=0.005) as trial:
-        worker = await trial.worker(2)
-        async with trial.load(pace=0.01):
-            worker.send(signal.SIGHUP)
-            await trial.until(lambda: worker.process.count("all workers are new"), 30)
-            await trial.working(10)
-        await trial.verdict("F10 rolling reload, 1 time", "no loss, no duplicate", timeout=5)

@@ -1,8 +1,8 @@
 """All kinds of sources that the behaviours are tried on, one module a broker."""
 
 from tests.conformance.bench import Kind
-from tests.conformance.kinds import memory, nats
+from tests.conformance.kinds import memory, nats, rabbit, redis
 
-KINDS: list[Kind] = [*memory.KINDS, *nats.KINDS]
+KINDS: list[Kind] = [*memory.KINDS, *nats.KINDS, *redis.KINDS, *rabbit.KINDS]
 
 __all__ = ["KINDS"]

@@ -1,9 +1,4 @@
-"""The sources that scenarios run on, one module a broker."""
+"""The sources that scenarios run on, one module a broker; ``tests.faults.registry`` knows all.
 
-from tests.faults.sources.base import Setup, Source, body_id
-from tests.faults.sources.memory import Memory
-from tests.faults.sources.nats import Core, JetStream
-
-SOURCES: dict[str, type[Source]] = {kind.name: kind for kind in (JetStream, Core, Memory)}
-
-__all__ = ["SOURCES", "Setup", "Source", "body_id"]
+Nothing is imported here: a worker process loads the client library of its own broker only.
+"""

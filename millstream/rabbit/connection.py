@@ -1,0 +1,345 @@
+"""One connection to RabbitMQ: pika's callbacks as futures, and how to reach a server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+
+import pika
+from pika.adapters.asyncio_connection import AsyncioConnection
+from pika.channel import Channel
+from pika.credentials import ExternalCredentials, PlainCredentials
+from pika.exceptions import (
+    AMQPError,
+    ChannelClosedByBroker,
+    ConnectionClosedByBroker,
+    IncompatibleProtocolError,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
+
+from ..errors import ConnectError, NotConnected, SetupError
+
+log = logging.getLogger("millstream.rabbit")
+# pika writes several ERRORs for each attempt that fails; what matters is raised or notified by us.
+if logging.getLogger("pika").level == logging.NOTSET:
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
+
+#: Seconds for one answer of the server, such as that to a declaration.
+API_TIMEOUT = 10.0
+#: Seconds between two signs of life.
+HEARTBEAT = 15
+#: Reply codes of the server (AMQP 0-9-1, "Reply codes").
+ACCESS_REFUSED, NOT_FOUND, RESOURCE_LOCKED, PRECONDITION_FAILED = 403, 404, 405, 406
+
+
+class ChannelLost(Exception):
+    """A channel ended; ``code`` is the server's, 0 where its connection ended."""
+
+    def __init__(self, reason: BaseException | None) -> None:
+        self.code: int = 0
+        if isinstance(reason, ChannelClosedByBroker):
+            self.code = reason.reply_code
+        self.text = reason_of(reason) if reason is not None else "the connection broke"
+        super().__init__(self.text)
+
+
+class Connection(AsyncioConnection):  # type: ignore[misc]
+    """pika's connection, which writes the frames of a message at once instead of one by one."""
+
+    def _output_marshaled_frames(self, marshaled_frames: Sequence[bytes]) -> None:
+        data = b"".join(marshaled_frames)
+        self.bytes_sent += len(data)
+        self.frames_sent += len(marshaled_frames)
+        self._adapter_emit_data(data)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Address:
+    """Where a server is and how we log in, from an address and the options that override it.
+
+    Raises:
+        SetupError: it is not an address.
+    """
+
+    def __init__(self, url: str, options: dict[str, Any]) -> None:
+        if "://" not in url:
+            url = f"amqp://{url}"
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:
+            parts, port = urlsplit("amqp://"), 0
+        if parts.scheme not in ("amqp", "amqps") or port == 0:
+            raise SetupError(
+                f"{without_secrets(url)!r} is not a server's address",
+                fix="write amqp://user:password@host:5672/vhost (or amqps://)",
+            )
+        context: ssl.SSLContext | None = options.get("ssl_context")
+        secure = bool(options.get("use_ssl") or context or parts.scheme == "amqps")
+        self.host = options.get("host") or parts.hostname or "localhost"
+        self.port = options.get("port") or port or (5671 if secure else 5672)
+        vhost = options.get("virtualhost")
+        self.vhost = vhost if vhost is not None else unquote(parts.path[1:]) or "/"
+        self.scheme = "amqps" if secure else "amqp"
+        self._context = context or (ssl.create_default_context() if secure else None)
+        self._hostname = options.get("ssl_hostname") or self.host
+        self._user = options.get("username") or unquote(parts.username or "guest")
+        self._password = options.get("password") or unquote(parts.password or "guest")
+        self._external = options.get("external", False)
+        self._options = options
+        #: What pika knows to read from an address, such as ``?heartbeat=5``.
+        self._query = dict(parse_qsl(parts.query))
+
+    def __str__(self) -> str:
+        where = f"{self.scheme}://{self.host}:{self.port}"
+        return where if self.vhost == "/" else f"{where}/{quote(self.vhost, safe='')}"
+
+    def parameters(self) -> pika.ConnectionParameters:
+        """pika's parameters; callables for the user and the password are asked each time."""
+        user, password = _asked(self._user), _asked(self._password)
+        found: Any
+        if self._query:
+            found = pika.URLParameters(f"amqp://localhost/?{urlencode(self._query)}")
+        else:
+            found = pika.ConnectionParameters()
+        found.host, found.port, found.virtual_host = self.host, self.port, self.vhost
+        found.credentials = (
+            ExternalCredentials() if self._external else PlainCredentials(user, password)
+        )
+        if self._context is not None:
+            found.ssl_options = pika.SSLOptions(self._context, self._hostname)
+        if "heartbeat" not in self._query:
+            found.heartbeat = self._options.get("heartbeat", HEARTBEAT)
+        timeout = self._options.get("timeout") or 10.0
+        found.socket_timeout, found.stack_timeout = timeout, timeout + 5.0
+        found.connection_attempts = 1
+        properties = {"product": "millstream", **(self._options.get("client_properties") or {})}
+        found.client_properties = properties
+        return found
+
+
+def _asked(secret: Any) -> str:
+    return str(secret() if callable(secret) else secret)
+
+
+def addresses(urls: str | Sequence[str], options: dict[str, Any]) -> list[Address]:
+    """The servers of a cluster; the first one is tried first."""
+    given = urls.split(",") if isinstance(urls, str) else list(urls)
+    found = [Address(url.strip(), options) for url in given if url.strip()]
+    return found or [Address("amqp://localhost", options)]
+
+
+def without_secrets(url: str) -> str:
+    """The address without a user and a password."""
+    head, _, tail = url.rpartition("@")
+    return f"{head.split('//', 1)[0]}//{tail}" if head else url
+
+
+async def connect(address: Address, on_close: Callable[[BaseException], None]) -> Connection:
+    """Connect in one attempt; ``on_close`` is called once, when the connection ends.
+
+    Raises:
+        ConnectError: not reached or not let in.
+    """
+    loop = asyncio.get_running_loop()
+    opened: asyncio.Future[None] = loop.create_future()
+
+    def failed(_: Any, error: BaseException | str) -> None:
+        if not opened.done():
+            opened.set_exception(error if isinstance(error, BaseException) else OSError(error))
+
+    def up(_: Any) -> None:
+        if not opened.done():
+            opened.set_result(None)
+
+    try:
+        connection = Connection(
+            address.parameters(),
+            on_open_callback=up,
+            on_open_error_callback=failed,
+            on_close_callback=lambda _, reason: on_close(reason),
+            custom_ioloop=loop,
+        )
+    except Exception as error:  # a credentials callable, or a client certificate
+        raise ConnectError(f"{address}: {reason_of(error)}") from error
+    try:
+        await opened
+    except asyncio.CancelledError:
+        if not connection.is_closed:
+            connection.close()
+        raise
+    except Exception as error:
+        text, permanent = _explain(error)
+        raise ConnectError(f"{address}: {text}", permanent=permanent) from error
+    return connection
+
+
+async def disconnect(connection: AsyncioConnection, patience: float = 2.0) -> None:
+    """Close a connection in an orderly way, and without any where the server does not answer."""
+    if connection.is_closed:
+        return
+    ended = asyncio.Event()
+    connection.add_on_close_callback(lambda *_: ended.set())
+    if not connection.is_closing:
+        connection.close()
+    try:
+        async with asyncio.timeout(patience):
+            await ended.wait()
+    except TimeoutError:
+        abort(connection)
+
+
+def abort(connection: AsyncioConnection) -> None:
+    """Drop a connection whose server does not answer."""
+    if not connection.is_closed:
+        # pika has no public way: its `close` waits for the server without end.
+        end: Any = connection._terminate_stream  # pyright: ignore[reportAttributeAccessIssue]
+        end(AMQPError("the server does not answer"))
+
+
+def _explain(error: BaseException) -> tuple[str, bool]:
+    """What to tell people about a failed attempt, and whether another one cannot help."""
+    chain: list[BaseException] = []
+    seen: BaseException | None = error
+    while seen is not None and seen not in chain:
+        chain.append(seen)
+        inner = getattr(seen, "exceptions", None) or getattr(seen, "exception", None)
+        if isinstance(inner, list | tuple):
+            inner = inner[-1] if inner else None
+        first = seen.args[0] if seen.args and isinstance(seen.args[0], BaseException) else None
+        seen = inner if isinstance(inner, BaseException) else first
+    for one in chain:
+        if isinstance(one, ssl.SSLCertVerificationError):
+            return f"the server's certificate is not trusted: {one.verify_message}", True
+        if isinstance(one, ssl.SSLError):
+            return f"TLS failed: {one.reason or one}", True
+        if isinstance(one, ProbableAuthenticationError) or "ACCESS_REFUSED" in str(one):
+            return "the server refuses the credentials", True
+        if isinstance(one, ProbableAccessDeniedError) or "NOT_ALLOWED" in str(one):
+            return "the virtual host does not exist, or is not for this user", True
+        if isinstance(one, IncompatibleProtocolError):
+            return "the server does not speak AMQP 0-9-1, or wants TLS", False
+    for one in reversed(chain):
+        if isinstance(one, OSError) and not isinstance(one, TimeoutError) and one.strerror:
+            return one.strerror, False
+    return reason_of(chain[-1]), False
+
+
+def reason_of(error: BaseException) -> str:
+    """A short text for people."""
+    if isinstance(error, ChannelClosedByBroker | ConnectionClosedByBroker):
+        return f"{error.reply_text}"
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return str(error) or type(error).__name__
+
+
+class Wire:
+    """A channel whose calls are awaited.
+
+    Args:
+        channel: pika's, open.
+        on_close: called once with the reason when the channel ends, unless :meth:`close` did it.
+    """
+
+    def __init__(self, channel: Channel, on_close: Callable[[ChannelLost], None]) -> None:
+        self.channel = channel
+        self._on_close = on_close
+        self._waiting: set[asyncio.Future[Any]] = set()
+        self._closing = False
+        self.lost: ChannelLost | None = None
+        channel.add_on_close_callback(self._closed)
+
+    @classmethod
+    async def open(
+        cls,
+        connection: AsyncioConnection,
+        on_close: Callable[[ChannelLost], None] = lambda reason: None,
+    ) -> Wire:
+        """Open a channel.
+
+        Raises:
+            ChannelLost: the connection broke, or has no channel left.
+        """
+        opened: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
+
+        def closed(_: Any, reason: BaseException) -> None:
+            if not opened.done():
+                opened.set_exception(ChannelLost(reason))
+
+        def up(channel: Channel) -> None:
+            if not opened.done():
+                opened.set_result(channel)
+
+        try:
+            channel = connection.channel(on_open_callback=up)
+        except AMQPError as error:
+            raise ChannelLost(error) from error
+        channel.add_on_close_callback(closed)
+        async with asyncio.timeout(API_TIMEOUT):
+            return cls(await opened, on_close)
+
+    @property
+    def open_(self) -> bool:
+        """Whether it can be used at this moment."""
+        return self.lost is None and self.channel.is_open
+
+    def _closed(self, _: Any, reason: BaseException) -> None:
+        self.lost = ChannelLost(reason)
+        for future in self._waiting:
+            if not future.done():
+                future.set_exception(self.lost)
+        if not self._closing:
+            self._on_close(self.lost)
+
+    async def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of pika's channel that the server answers; returns the answer.
+
+        Raises:
+            ChannelLost: the server refused, which ends the channel, or the connection broke.
+            TimeoutError: no answer in time.
+        """
+        if self.lost is not None:
+            raise self.lost
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.add(future)
+
+        def done(frame: Any) -> None:
+            if not future.done():
+                future.set_result(frame.method)
+
+        try:
+            getattr(self.channel, method)(*args, callback=done, **kwargs)
+            async with asyncio.timeout(API_TIMEOUT):
+                return await future
+        except AMQPError as error:
+            raise ChannelLost(error) from error
+        finally:
+            self._waiting.discard(future)
+
+    async def close(self) -> None:
+        """End the channel; what it delivered and nobody acknowledged goes back."""
+        self._closing = True
+        if not self.channel.is_open:
+            return
+        ended = asyncio.Event()
+        self.channel.add_on_close_callback(lambda *_: ended.set())
+        self.channel.close()
+        try:
+            async with asyncio.timeout(2.0):
+                await ended.wait()
+        except TimeoutError:
+            log.debug("a channel did not close in time")
+
+
+def not_connected(where: str, timeout: float, reason: str) -> NotConnected:
+    """The error of whoever waited in vain for a connection."""
+    return NotConnected(
+        f"{where} is not connected for {timeout:g} s" + (f": {reason}" if reason else ""),
+        state="disconnected",
+        wanted="connected",
+    )

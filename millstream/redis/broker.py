@@ -1,0 +1,263 @@
+"""The Redis brokers and their router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Unpack, cast
+
+from redis.asyncio import Redis
+
+from ..broker import Broker, BrokerOptions, known_options
+from ..endpoints import Endpoints, Route, RoutePublisher, Router, asks, declares, produces, sends
+from ..security import BaseSecurity
+from .connection import (
+    ClusterNetwork,
+    Network,
+    cluster,
+    known_client_options,
+    security_options,
+    sentinel,
+    server,
+    without_secrets,
+)
+from .driver import RedisDriver
+from .formats import MessageFormat
+from .options import RedisPublication, RedisPublish, RedisRequest, RedisSubscription
+
+
+class RedisConnect(BrokerOptions, total=False):
+    """Options of a Redis broker: those of every broker, and redis-py's own.
+
+    Keys:
+        security: a user and password, or TLS; they may also stand in the address.
+        message_format: how a body and its headers become one value where there is no place for
+            headers; an envelope only where there are some, by default.
+        reconnect_max: the longest wait between two attempts to connect in seconds; 2. The first
+            attempts follow sooner, and they never end.
+        socket_timeout: seconds after which an answer that does not come means that the server
+            is gone; 5.
+        socket_connect_timeout: seconds for one attempt to connect; 5.
+        health_check_interval: seconds of silence after which the server is asked for a sign of
+            life; 10.
+        host, port, db, username, password, client_name, credential_provider, ssl and the
+            ``ssl_...`` options, unix_socket_path, socket_keepalive, socket_keepalive_options,
+            socket_read_size, protocol, encoding, encoding_errors: as redis-py takes them.
+        connection_class, parser_class, encoder_class, max_connections, retry, retry_on_error,
+            retry_on_timeout: the same, for redis-py's client in ``broker.client``.
+    """
+
+    security: BaseSecurity | None
+    message_format: type[MessageFormat] | None
+    reconnect_max: float
+    socket_timeout: float
+    socket_connect_timeout: float
+    health_check_interval: float
+    host: str
+    port: int
+    db: int
+    username: str | None
+    password: str | None
+    client_name: str | None
+    credential_provider: Any
+    unix_socket_path: str | None
+    ssl: bool
+    ssl_keyfile: str | None
+    ssl_certfile: str | None
+    ssl_cert_reqs: Any
+    ssl_ca_certs: str | None
+    ssl_ca_path: str | None
+    ssl_ca_data: str | None
+    ssl_check_hostname: bool
+    ssl_min_version: Any
+    ssl_ciphers: str | None
+    socket_keepalive: bool | None
+    socket_keepalive_options: Any
+    socket_read_size: int
+    socket_type: int
+    protocol: int
+    encoding: str
+    encoding_errors: str
+    connection_class: Any
+    parser_class: Any
+    encoder_class: Any
+    max_connections: int | None
+    retry: Any
+    retry_on_error: Any
+    retry_on_timeout: bool
+
+
+class RedisEndpoints(Endpoints):
+    """What a Redis broker and its routers can declare."""
+
+    subscriber = declares(RedisSubscription)
+    publisher = produces(RedisPublication)
+
+
+class RedisRouter(RedisEndpoints, Router):
+    """Declarations to be included in a :class:`RedisBroker` or another router."""
+
+
+class RedisRoute(Route):
+    """A subscription with its handler, for ``RedisRouter(handlers=[...])``."""
+
+
+class RedisPublisher(RoutePublisher):
+    """The arguments of ``router.publisher``, to be declared with a :class:`RedisRoute`."""
+
+
+#: Options that are ours and not redis-py's.
+_OWN = ("message_format", "reconnect_max", "socket_timeout", "health_check_interval")
+
+
+class _RedisBroker(RedisEndpoints, Broker):
+    """What all three ways to reach Redis have in common."""
+
+    publish = sends(RedisPublish)
+    request = asks(RedisRequest)
+
+    if TYPE_CHECKING:
+        driver: RedisDriver
+
+    def _begin(
+        self,
+        where: str,
+        options: dict[str, Any],
+        make: Callable[[dict[str, Any]], Any],
+        network: type[Network] = Network,
+    ) -> None:
+        """Make the driver; ``make`` gives redis-py's client for its options."""
+        known_options(options, RedisConnect, type(self).__name__)
+        common = {key: options.pop(key) for key in BrokerOptions.__annotations__ if key in options}
+        own = {key: options.pop(key) for key in _OWN if key in options}
+        own["publish_timeout"] = common.get("publish_timeout", 5.0)
+        client_options = {k: v for k, v in options.items() if v is not None and k != "security"}
+        client_options |= security_options(options.get("security"))
+        client_options.setdefault("protocol", 2)
+        client_options.setdefault("socket_connect_timeout", 5.0)
+        # The driver keeps the time itself; a read may wait for something new.
+        client_options["socket_timeout"] = None
+        make(dict(client_options))  # a wrong option is told now
+
+        def reach(wire: dict[str, Any], changed: Callable[[bool, str], None]) -> Network:
+            return network(make(dict(client_options)), where, wire, changed)
+
+        driver = RedisDriver(reach, where, **own)
+        driver.counts_listeners = network is Network
+        super().__init__(driver, **cast(BrokerOptions, common))
+
+    @property
+    def client(self) -> Redis:
+        """redis-py's client.
+
+        Raises:
+            NotConnected: before ``connect`` or after ``stop``.
+        """
+        return self.driver.client  # type: ignore[no-any-return]
+
+
+class RedisBroker(_RedisBroker):
+    """A connection to Redis, or to what speaks its protocol, with subscribers and publishers.
+
+    Args:
+        url: such as ``redis://localhost:6379/0``, ``rediss://user:password@redis.example.com``
+            (TLS) or ``unix:///run/redis.sock``.
+        options: see :class:`RedisConnect` and :class:`millstream.broker.BrokerOptions`.
+    """
+
+    def __init__(
+        self, url: str = "redis://localhost:6379", **options: Unpack[RedisConnect]
+    ) -> None:
+        given = cast(dict[str, Any], dict(options))
+        path = given.pop("unix_socket_path", None)
+        url = f"unix://{path}" if path else url
+        host, port = given.pop("host", None), given.pop("port", None)
+        if host is not None or port is not None:
+            url = _moved(url, host, port)
+        if given.pop("ssl", False) and url.startswith("redis:"):
+            url = "rediss:" + url.removeprefix("redis:")
+
+        def make(options: dict[str, Any]) -> Any:
+            kind = options.pop("connection_class", None)
+            client = server(url, options)
+            if kind is not None:
+                client.connection_pool.connection_class = kind
+            return client
+
+        self._begin(without_secrets(url), given, make)
+
+
+class RedisClusterBroker(_RedisBroker):
+    """The same for a Redis Cluster.
+
+    Args:
+        url: the address of one of its nodes.
+        startup_nodes: further nodes to ask for the others, as (host, port).
+        options: as of :class:`RedisBroker`.
+    """
+
+    def __init__(
+        self,
+        url: str = "redis://localhost:6379",
+        *,
+        startup_nodes: Sequence[tuple[str, int]] | None = None,
+        **options: Unpack[RedisConnect],
+    ) -> None:
+        given = cast(dict[str, Any], dict(options))
+
+        def make(options: dict[str, Any]) -> Any:
+            return cluster(url, startup_nodes, options)
+
+        self._begin(f"{without_secrets(url)} (cluster)", given, make, ClusterNetwork)
+
+
+class RedisSentinelBroker(_RedisBroker):
+    """The same for the server that Sentinel calls the master.
+
+    Args:
+        sentinels: their addresses, as (host, port).
+        sentinel_master_name: the name that they watch the master under.
+        sentinel_kwargs: redis-py's options of the connections to them, a password for instance.
+        options: as of :class:`RedisBroker`, of the connections to the master.
+    """
+
+    def __init__(
+        self,
+        sentinels: Sequence[tuple[str, int]],
+        *,
+        sentinel_master_name: str = "mymaster",
+        sentinel_kwargs: dict[str, Any] | None = None,
+        **options: Unpack[RedisConnect],
+    ) -> None:
+        given = cast(dict[str, Any], dict(options))
+        where = ", ".join(f"{host}:{port}" for host, port in sentinels)
+
+        def make(options: dict[str, Any]) -> Any:
+            kind = options.pop("connection_class", None)
+            if kind is not None:
+                options["ssl"] = True
+            return sentinel(sentinels, sentinel_master_name, sentinel_kwargs or {}, options)
+
+        self._begin(f"{sentinel_master_name} of sentinel {where}", given, make)
+
+
+def _moved(url: str, host: str | None, port: int | None) -> str:
+    """An address with another host or port."""
+    from urllib.parse import urlsplit, urlunsplit
+
+    parts = urlsplit(url)
+    login = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
+    place = f"{login}{host or parts.hostname or 'localhost'}:{port or parts.port or 6379}"
+    return urlunsplit(parts._replace(netloc=place))
+
+
+__all__ = [
+    "RedisBroker",
+    "RedisClusterBroker",
+    "RedisConnect",
+    "RedisEndpoints",
+    "RedisPublisher",
+    "RedisRoute",
+    "RedisRouter",
+    "RedisSentinelBroker",
+    "known_client_options",
+]

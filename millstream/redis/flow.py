@@ -1,0 +1,304 @@
+"""How messages get from Redis to the sink where nothing is acknowledged: channels and streams."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import RedisError, ResponseError
+
+from ..ack import Settlement
+from ..driver import CANCELLED, Sink
+from .formats import BinaryMessageFormatV1, MessageFormat
+from .message import Entry, is_plain, open_fields, open_value
+from .wire import BROKEN, Lost, backoff, cut, drop, read, reason_of
+
+if TYPE_CHECKING:
+    from .driver import RedisDriver
+    from .options import RedisSubscription
+
+log = logging.getLogger("millstream.redis")
+
+#: Messages given to the sink in one go before other tasks get a turn.
+TURN = 128
+#: Entries that are read at once.
+MOST = 100
+
+
+class Flow:
+    """One subscription with a connection of its own, which comes back by itself."""
+
+    def __init__(
+        self,
+        driver: RedisDriver,
+        spec: RedisSubscription,
+        sink: Sink,
+        lost: Callable[[Exception], None],
+    ) -> None:
+        self.driver, self.spec, self.sink, self.lost = driver, spec, sink, lost
+        self.name = spec.name
+        self.format: type[MessageFormat] = (
+            spec.message_format or driver.message_format or BinaryMessageFormatV1
+        )
+        #: Whether a value without an envelope is its body.
+        self.plain = issubclass(self.format, BinaryMessageFormatV1)
+        self.paused = False
+        self.connection: AbstractConnection | None = None
+        #: Messages that the sink took.
+        self.given = 0
+        self._task: asyncio.Task[None] | None = None
+        #: Set once the subscription is in place for the first time, or refused.
+        self._begun: asyncio.Future[None] | None = None
+
+    async def start(self) -> None:
+        """Begin; returns when the server knows of it, and raises what it refuses."""
+        loop = asyncio.get_running_loop()
+        self._begun = loop.create_future()
+        self._task = loop.create_task(self._live())
+        await self._begun
+
+    def _is_live(self) -> None:
+        if self._begun is not None and not self._begun.done():
+            self._begun.set_result(None)
+
+    async def _live(self) -> None:
+        """Read; after a broken connection on a new one."""
+        attempt = 0
+        while not self.paused:
+            await asyncio.sleep(backoff(attempt, self.driver.cap))
+            attempt += 1
+            try:
+                self.connection = await self.driver.dedicated(self.name)
+                await self._attach(self.connection)
+                self._is_live()
+                attempt = 0
+                await self._read(self.connection)
+            except ResponseError as error:
+                if not self.driver.passing(error):
+                    self._fail(self.driver.refusal(self.spec.destination, error))
+                    return
+                log.debug("%s: %s", self.spec.destination, error)
+            except (*BROKEN, RedisError, Lost) as error:
+                if self._begun is not None and not self._begun.done():
+                    self._begun.set_exception(self.driver.explain(error))
+                    return
+                log.debug("%s: %s", self.spec.destination, reason_of(error))
+            finally:
+                connection, self.connection = self.connection, None
+                await drop(connection)
+
+    def _fail(self, error: Exception) -> None:
+        if self._begun is not None and not self._begun.done():
+            self._begun.set_exception(error)
+        elif not self.paused:
+            self.paused = True
+            self.lost(error)
+
+    async def _attach(self, connection: AbstractConnection) -> None:
+        """Subscribe on a new connection."""
+
+    async def _read(self, connection: AbstractConnection) -> None:
+        """Read and give to the sink until the end."""
+        raise NotImplementedError
+
+    async def give(self, entry: Any) -> None:
+        """Give one message to the sink."""
+        try:
+            await self.sink(entry)
+        except Exception:
+            log.exception("the sink of %r failed", self.spec.destination)
+        self.given += 1
+        if self.given % TURN == 0:
+            await asyncio.sleep(0)
+
+    async def within(self, connection: AbstractConnection, seconds: float) -> Any:
+        """The next reply; a TimeoutError if the peer seems to be gone."""
+        async with asyncio.timeout(seconds):
+            return await read(connection)
+
+    def look(self) -> None:
+        """Called now and then: whether the peer is still there."""
+
+    async def pause(self) -> int:
+        self.paused = True
+        await self._interrupt()
+        if self._task is not None and asyncio.current_task() is not self._task:
+            await asyncio.wait([self._task])
+        return 0
+
+    async def _interrupt(self) -> None:
+        """Let a read that waits for something end."""
+
+    async def close(self) -> None:
+        self.paused = True
+        self.driver.flows.discard(self)
+        if self._task is not None and asyncio.current_task() is not self._task:
+            self._task.cancel()
+            await asyncio.wait([self._task], timeout=CANCELLED)
+        await drop(self.connection)
+
+    async def settle(
+        self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
+    ) -> None:
+        """Nothing to tell: this source knows no acknowledgement."""
+
+    async def touch(self, raw: Any, /) -> None:
+        """No deadline to push back."""
+
+    async def begun(self, raw: Any, /) -> bool:
+        """This source counts no deliveries."""
+        return True
+
+    async def lag(self) -> int | None:
+        """Messages that wait at the server, where it can tell."""
+        return None
+
+
+class ChannelFlow(Flow):
+    """A channel or a pattern: the server sends, and keeps nothing."""
+
+    def __init__(self, *args: Any, pattern: bool, name: str = "") -> None:
+        super().__init__(*args)
+        self.pattern = pattern
+        self._prefix = "P" if pattern else ""
+        self.channel = name or self.name
+        address = self.driver.syntax.compile(self.spec.destination)
+        #: Redis's ``*`` takes any text; a placeholder takes what lies between two separators.
+        self._matches = address.matcher.fullmatch if address.places else None
+        self._heard = 0.0
+        self._reading = False
+
+    async def _attach(self, connection: AbstractConnection) -> None:
+        await connection.send_command(f"{self._prefix}SUBSCRIBE", self.channel, check_health=False)
+        await self.within(connection, self.driver.patience)
+
+    async def _read(self, connection: AbstractConnection) -> None:
+        kind, at = (b"pmessage", 2) if self.pattern else (b"message", 1)
+        over = f"{self._prefix}UNSUBSCRIBE".lower().encode()
+        loop, matches, plain, format = (
+            asyncio.get_running_loop(),
+            self._matches,
+            self.plain,
+            self.format,
+        )
+        if self.paused:
+            await self._interrupt()
+        while True:
+            self._heard, self._reading = loop.time(), True
+            reply = await read(connection)
+            self._reading = False
+            if reply[0] == kind:
+                channel = reply[at].decode("utf-8", "replace")
+                if matches is not None and matches(channel) is None:
+                    continue
+                value = reply[at + 1]
+                if plain and value[:1] != b"\x89":
+                    await self.give(Entry(channel, value))
+                else:
+                    await self.give(open_value(channel, value, format))
+            elif reply[0] == over:
+                return
+
+    def look(self) -> None:
+        connection = self.connection
+        if connection is None or not self._reading:
+            return
+        silent = asyncio.get_running_loop().time() - self._heard
+        if silent > self.driver.interval + self.driver.patience:
+            cut(connection)
+        elif silent > self.driver.interval:
+            self.driver.spawn(self._command(connection, "PING"))
+
+    async def _interrupt(self) -> None:
+        if self.connection is not None:
+            await self._command(self.connection, f"{self._prefix}UNSUBSCRIBE", self.channel)
+
+    async def _command(self, connection: AbstractConnection, *args: str) -> None:
+        try:
+            await connection.send_command(*args, check_health=False)
+        except (*BROKEN, RedisError) as error:
+            log.debug("%s: %s", self.spec.destination, reason_of(error))
+
+    async def pause(self) -> int:
+        self.paused = True
+        if self.connection is None and self._task is not None:
+            self._task.cancel()
+        return await super().pause()
+
+
+class StreamFlow(Flow):
+    """A stream without acknowledgements: by a group, or each process on from where it began."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        sub = self.spec.stream_sub
+        assert sub is not None
+        self.sub, self.group = sub, sub.group
+        self.last = sub.last_id or "$"
+        self.me = self.driver.member(sub.consumer)
+        self.count = sub.max_records or MOST
+
+    async def _attach(self, connection: AbstractConnection) -> None:
+        if self.group is not None:
+            await self.driver.groups.ensure(self.sub)
+        elif self.last == "$":  # as of now, also when the connection breaks before the first entry
+            await connection.send_command("XREVRANGE", self.name, "+", "-", "COUNT", 1)
+            newest = await self.within(connection, self.driver.patience)
+            self.last = newest[0][0].decode() if newest else "0-0"
+
+    async def _read(self, connection: AbstractConnection) -> None:
+        how = ("COUNT", self.count, "BLOCK", self.driver.block)
+        while not self.paused:
+            command: tuple[Any, ...] = ("XREAD", *how, "STREAMS", self.name, self.last)
+            if self.group is not None:
+                group = ("GROUP", self.group, self.me)
+                command = ("XREADGROUP", *group, *how, "NOACK", "STREAMS", self.name, ">")
+            await connection.send_command(*command, check_health=False)
+            try:
+                found = await self.within(connection, self.driver.longest)
+            except ResponseError as error:
+                if not gone(error):
+                    raise
+                await self.driver.groups.ensure(self.sub, again=True)
+                continue
+            if not found:
+                if self.group is None:
+                    await self._check(connection)
+                continue
+            for id, fields in found[0][1]:
+                if self.plain and is_plain(fields):
+                    await self.give(Entry(self.name, fields[1], id))
+                else:
+                    await self.give(open_fields(self.name, id, fields, self.format))
+                self.last = id.decode()
+
+    async def _check(self, connection: AbstractConnection) -> None:
+        """A stream that was deleted and made anew counts from wherever it likes."""
+        await connection.send_command("XREVRANGE", self.name, "+", "-", "COUNT", 1)
+        newest = await self.within(connection, self.driver.patience)
+        if newest and ids(newest[0][0]) < ids(self.last):
+            self.last = "0-0"
+
+    async def _interrupt(self) -> None:
+        cut(self.connection)
+
+    async def close(self) -> None:
+        await super().close()
+        if self.group is not None:
+            self.driver.tell(self.name, "XGROUP", "DELCONSUMER", self.name, self.group, self.me)
+
+
+def gone(error: Exception) -> bool:
+    """Whether the server says that there is no such group, or stream."""
+    text = str(error)
+    return "NOGROUP" in text or "no such key" in text or "UNBLOCKED" in text
+
+
+def ids(id: bytes | str) -> tuple[int, int]:
+    """An entry's id as something that can be compared."""
+    text = id.decode() if isinstance(id, bytes) else id
+    first, _, second = text.partition("-")
+    return int(first), int(second or 0)

@@ -1,0 +1,442 @@
+"""What can be said about a Redis subscription, a publication and one message."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from ..address import Address, AddressSyntax
+from ..driver import Batch, Capability, PublicationSpec, PublishCommand, SubscriptionSpec
+from ..errors import AddressError, SetupError
+from ..message import Message
+from .formats import MessageFormat
+from .message import (
+    LIST,
+    STREAM,
+    RedisChannelMessage,
+    RedisListMessage,
+    RedisStreamMessage,
+)
+
+#: Seconds without a sign of life after which a process counts as dead.
+ACK_WAIT = 15.0
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+
+
+class RedisAddress(Address, frozen=True):
+    """A channel, a pattern of channels, or the name of a stream or a list."""
+
+    def extract(self, destination: str) -> dict[str, str]:
+        found = self.matcher.fullmatch(destination)
+        return found.groupdict() if found is not None else {}
+
+    def getter(self, name: str) -> Callable[[str], str]:
+        match = self.matcher.fullmatch
+        return lambda destination: match(destination)[name]  # type: ignore[index]
+
+
+class RedisSyntax(AddressSyntax, frozen=True):
+    """Redis's patterns (redis.io, PSUBSCRIBE): ``*``, ``?``, ``[abc]``; names have no segments.
+
+    A ``{placeholder}`` may stand anywhere in a channel and takes what lies between two of
+    ``.``, ``:`` and ``/``.
+    """
+
+    def compile(self, template: str) -> Address:
+        return _compile(template)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compile(template: str) -> Address:
+    if template.startswith((STREAM, LIST)):
+        return RedisAddress(template, template, {}, ".", re.compile(re.escape(template)))
+    places: dict[str, int] = {}
+    pattern, expression, at = "", "", 0
+    for found in _PLACEHOLDER.finditer(template):
+        name = found[1]
+        if not name.isidentifier():
+            raise AddressError(
+                f"{template!r}: {found[0]!r} is not a placeholder",
+                fix="name it as a parameter, such as orders.{region}",
+            )
+        if name in places:
+            raise AddressError(
+                f"{template!r}: {{{name}}} stands twice", fix="give each its own name"
+            )
+        places[name] = len(places)
+        before = template[at : found.start()]
+        pattern += before + "*"
+        expression += _glob(before) + f"(?P<{name}>[^.:/]+)"
+        at = found.end()
+    pattern, expression = pattern + template[at:], expression + _glob(template[at:])
+    return RedisAddress(template, pattern, places, ".", re.compile(expression, re.DOTALL))
+
+
+def _glob(text: str) -> str:
+    """The regular expression of a piece of a pattern."""
+    parts = re.findall(r"\\.|\[\^?[^\]]*\]|.", text, re.DOTALL)
+    known = {"*": ".*", "?": "."}
+    return "".join(
+        known.get(p) or (p if len(p) > 1 and p[0] == "[" else re.escape(p[-1])) for p in parts
+    )
+
+
+SYNTAX = RedisSyntax()
+
+
+class PubSub(msgspec.Struct, frozen=True):
+    """A channel.
+
+    Fields:
+        channel: its name, or a pattern.
+        pattern: whether it is one; a name with a ``*`` or a ``{placeholder}`` always is.
+        polling_interval: accepted for callers of other frameworks; nothing is polled.
+    """
+
+    channel: str
+    pattern: bool = False
+    polling_interval: float = 1.0
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the server is asked for a pattern."""
+        return self.pattern or "*" in self.channel or "{" in self.channel
+
+
+class ListSub(msgspec.Struct, frozen=True):
+    """A list that is consumed from its head.
+
+    Fields:
+        list_name: its key.
+        batch: hand the handler lists.
+        max_records: how many at most in a batch.
+        polling_interval: seconds that a batch waits to fill after its first message.
+        ack_wait: seconds without a sign of life after which a process counts as dead, and what
+            it had taken goes to another one.
+    """
+
+    list_name: str
+    batch: bool = False
+    max_records: int = 10
+    polling_interval: float = 0.1
+    ack_wait: float = ACK_WAIT
+
+
+class StreamSub(msgspec.Struct, frozen=True):
+    """A stream.
+
+    Fields:
+        stream: its key.
+        polling_interval: accepted for callers of other frameworks; reads block at the server.
+        group: the consumer group; without one each process reads what is new, at most once.
+        consumer: begins the name of this process in the group.
+        batch: hand the handler lists.
+        no_ack: a group without acknowledgements, at most once.
+        last_id: where reading begins: by default a new group begins with the oldest entry, and
+            a reader without a group with the next one. ``$`` is the next one, ``0`` the oldest.
+        maxlen: entries that are kept about when this application publishes to the stream.
+        max_records: entries that are read at once; of a batch, its size.
+        min_idle_time: only take over entries that another consumer left for so many
+            milliseconds, and read none that is new.
+        declare: create the group if it is not there.
+        claim_min_idle_time: milliseconds after which an entry is taken over from a consumer
+            that is not Millstream's, which gives no signs of life; a minute by default.
+        ack_wait: seconds without a sign of life after which a process counts as dead, and its
+            entries go to another one.
+        max_age: seconds for which entries are kept about.
+    """
+
+    stream: str
+    polling_interval: int | None = None
+    group: str | None = None
+    consumer: str | None = None
+    batch: bool = False
+    no_ack: bool = False
+    last_id: str | None = None
+    maxlen: int | None = None
+    max_records: int | None = None
+    min_idle_time: int | None = None
+    declare: bool = True
+    claim_min_idle_time: int | None = None
+    ack_wait: float = ACK_WAIT
+    max_age: float | None = None
+
+
+class RedisOptions(SubscriptionSpec, frozen=True, kw_only=True):
+    """Options of a Redis subscription, besides its channel.
+
+    Fields:
+        list: read from a list instead.
+        stream: read from a stream instead.
+        message_format: how values are read where they carry headers too; envelopes are
+            understood by default.
+    """
+
+    list: str | ListSub | None = None
+    stream: str | StreamSub | None = None
+    message_format: type[MessageFormat] | None = None
+
+
+class RedisSubscription(RedisOptions, frozen=True):
+    """A subscription on Redis: to a channel, a list or a stream.
+
+    Fields:
+        channel: its name, a pattern such as ``logs.{level}``, or an address such as
+            ``stream://orders`` and ``list://jobs``.
+    """
+
+    channel: str | PubSub | None = None
+
+    def __post_init__(self) -> None:
+        channel = self.channel
+        if isinstance(channel, str) and channel.startswith((STREAM, LIST)):
+            kind, name = ("stream", channel[len(STREAM) :]), ("list", channel[len(LIST) :])
+            key, value = kind if channel.startswith(STREAM) else name
+            if getattr(self, key) is None:
+                msgspec.structs.force_setattr(self, key, value)
+            if self.destination == channel:  # named twice, or here only
+                msgspec.structs.force_setattr(self, "channel", None)
+        sub = self.stream_sub or self.list_sub
+        if sub is not None and sub.batch and self.batch is None:
+            wait = sub.polling_interval if isinstance(sub, ListSub) else 0.1
+            msgspec.structs.force_setattr(self, "batch", Batch(sub.max_records or 100, wait))
+
+    @property
+    def channel_sub(self) -> PubSub | None:
+        """The channel."""
+        return PubSub(self.channel) if isinstance(self.channel, str) else self.channel
+
+    @property
+    def list_sub(self) -> ListSub | None:
+        """The list."""
+        return ListSub(self.list) if isinstance(self.list, str) else self.list
+
+    @property
+    def stream_sub(self) -> StreamSub | None:
+        """The stream."""
+        return StreamSub(self.stream) if isinstance(self.stream, str) else self.stream
+
+    @property
+    def name(self) -> str:
+        """The name of whichever it is, as the server knows it."""
+        return plain_name(self.destination)
+
+    # What the core asks
+
+    def prefixed(self, prefix: str) -> RedisSubscription:
+        new = msgspec.structs.replace
+        if stream := self.stream_sub:
+            return new(self, stream=new(stream, stream=prefix + stream.stream))
+        if list_ := self.list_sub:
+            return new(self, list=new(list_, list_name=prefix + list_.list_name))
+        if channel := self.channel_sub:
+            return new(self, channel=new(channel, channel=prefix + channel.channel))
+        return self
+
+    @property
+    def destination(self) -> str:
+        if stream := self.stream_sub:
+            return STREAM + stream.stream
+        if list_ := self.list_sub:
+            return LIST + list_.list_name
+        channel = self.channel_sub
+        return channel.channel if channel is not None else ""
+
+    @property
+    def envelope(self) -> type[Message[Any]]:
+        if self.stream is not None:
+            return RedisStreamMessage
+        return RedisListMessage if self.list is not None else RedisChannelMessage
+
+    @property
+    def acknowledged(self) -> bool:
+        """Whether Redis keeps a message until it is settled."""
+        stream = self.stream_sub
+        if stream is not None:
+            return stream.group is not None and not stream.no_ack
+        return self.list is not None
+
+    @property
+    def capabilities(self) -> Capability:
+        can = Capability.HEADERS | Capability.REPLY
+        stream = self.stream_sub
+        if stream is not None:
+            can |= Capability.PERSISTENT
+            if stream.group is not None:
+                can |= Capability.GROUPS
+        if self.list is not None:
+            can |= Capability.GROUPS
+        if self.acknowledged:
+            can |= Capability.ACK | Capability.NACK | Capability.NACK_DELAY | Capability.REJECT
+            can |= Capability.DELIVERY_COUNT | Capability.TOUCH | Capability.PERSISTENT
+        return can
+
+    @property
+    def ack_wait(self) -> float | None:
+        sub = self.stream_sub or self.list_sub
+        return sub.ack_wait if sub is not None and self.acknowledged else None
+
+    @property
+    def prefetch(self) -> int:
+        stream = self.stream_sub
+        if stream is not None and stream.max_records and self.batch is None:
+            return max(stream.max_records, 1)
+        return super().prefetch
+
+    def check(self) -> None:
+        given = [n for n in ("channel", "list", "stream") if getattr(self, n) is not None]
+        if len(given) != 1:
+            what = " and ".join(given) or "neither channel nor list nor stream"
+            raise SetupError(f"a subscription to {what}", fix="name exactly one of the three")
+        if not self.name:
+            raise SetupError(f"the {given[0]} has no name", fix=f"name it: {given[0]}='orders'")
+        SYNTAX.compile(self.destination)
+        for sub in (self.stream_sub, self.list_sub):
+            if sub is not None and sub.ack_wait <= 0:
+                raise SetupError(f"ack_wait={sub.ack_wait}", fix="give seconds, more than 0")
+        if stream := self.stream_sub:
+            for option in ("consumer", "no_ack", "min_idle_time", "claim_min_idle_time"):
+                if getattr(stream, option) and stream.group is None:
+                    raise SetupError(f"{option} without a group", fix="name the group=")
+            if stream.min_idle_time is not None and stream.no_ack:
+                raise SetupError("min_idle_time with no_ack", fix="leave out one of them")
+            if stream.last_id == ">" and stream.group is None:
+                raise SetupError("last_id='>' without a group", fix="use '$', or name the group=")
+
+
+class RedisPublication(PublicationSpec, frozen=True):
+    """A declared publication on Redis.
+
+    Fields:
+        channel: where the messages go, or an address such as ``stream://orders``.
+        list: append to a list instead.
+        stream: add to a stream instead.
+        maxlen: entries that the stream keeps, about.
+        max_age: seconds for which it keeps them, about.
+        message_format: how a body and its headers become one value.
+    """
+
+    channel: str | PubSub | None = None
+    list: str | ListSub | None = msgspec.field(default=None)
+    stream: str | StreamSub | None = msgspec.field(default=None)
+    maxlen: int | None = None
+    max_age: float | None = None
+    message_format: type[MessageFormat] | None = None
+
+    def prefixed(self, prefix: str) -> RedisPublication:
+        kind, name = split(self.destination)
+        options = {"channel": None, "list": None, "stream": None, kind: prefix + name}
+        if isinstance(self.stream, StreamSub):
+            new = msgspec.structs.replace
+            options["stream"] = new(self.stream, stream=prefix + name)  # type: ignore[assignment]
+        return msgspec.structs.replace(self, **options)
+
+    @property
+    def destination(self) -> str:
+        return address_of(self.channel, self.list, self.stream)
+
+    def check(self) -> None:
+        given = [n for n in ("channel", "list", "stream") if getattr(self, n) is not None]
+        if len(given) != 1:
+            what = " and ".join(given) or "neither channel nor list nor stream"
+            raise SetupError(f"a publication to {what}", fix="name exactly one of the three")
+        if isinstance(self.channel, PubSub) and self.channel.is_pattern:
+            raise SetupError(
+                f"nobody can publish to a pattern: {self.channel.channel!r}", fix="name a channel"
+            )
+
+
+class RedisPublishOptions(PublishCommand, kw_only=True):
+    """Options of one published message, besides its body and channel.
+
+    Fields:
+        list: append to this list; ``publish`` returns its length.
+        stream: add to this stream; ``publish`` returns the entry's id.
+        maxlen: entries that the stream keeps, about.
+        max_age: seconds for which it keeps them, about.
+        pipeline: redis-py's pipeline to put the command into, which the caller executes.
+        message_format: how a body and its headers become one value.
+    """
+
+    list: str | ListSub | None = None
+    stream: str | StreamSub | None = None
+    maxlen: int | None = None
+    max_age: float | None = None
+    pipeline: Any = None
+    message_format: type[MessageFormat] | None = None
+
+
+class RedisPublish(RedisPublishOptions):
+    """One message to be published.
+
+    Fields:
+        message: the body before encoding.
+        channel: where it goes, or an address such as ``stream://orders``.
+    """
+
+    message: Any = None
+    channel: str | PubSub | None = None
+
+    @property
+    def destination(self) -> str:
+        return address_of(self.channel, self.list, self.stream)
+
+    @destination.setter
+    def destination(self, value: str) -> None:
+        self.channel, self.list, self.stream = value, None, None
+
+    @property
+    def trimming(self) -> tuple[int | None, float | None]:
+        """How many entries the stream keeps, and for how many seconds."""
+        sub = self.stream if isinstance(self.stream, StreamSub) else None
+        if sub is None or self.maxlen is not None or self.max_age is not None:
+            return self.maxlen, self.max_age
+        return sub.maxlen, sub.max_age
+
+
+class RedisRequest(RedisPublish, kw_only=True):
+    """One request.
+
+    Fields:
+        message: the body before encoding.
+        channel: where it goes.
+        response_model: the type of the answer's body; without it the answer is a message.
+    """
+
+    response_model: Any = None
+
+
+def address_of(
+    channel: str | PubSub | None, list: str | ListSub | None, stream: str | StreamSub | None
+) -> str:
+    """The address of whichever is given."""
+    if stream is not None:
+        return STREAM + (stream if isinstance(stream, str) else stream.stream)
+    if list is not None:
+        return LIST + (list if isinstance(list, str) else list.list_name)
+    return channel if isinstance(channel, str) else channel.channel if channel is not None else ""
+
+
+def split(address: str) -> tuple[str, str]:
+    """What an address names (``channel``, ``list``, ``stream``), and by which name."""
+    if address.startswith(STREAM):
+        return "stream", address[len(STREAM) :]
+    if address.startswith(LIST):
+        return "list", address[len(LIST) :]
+    return "channel", address
+
+
+def plain_name(address: str) -> str:
+    """The name in an address."""
+    return split(address)[1]
+
+
+def sibling(key: str, *suffix: str) -> str:
+    """The name of a key that belongs to another one: on the same node of a cluster."""
+    start = key.find("{")
+    tagged = start >= 0 and key.find("}", start) > start + 1
+    return ":".join((key if tagged else f"{{{key}}}", "ms", *suffix))

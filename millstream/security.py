@@ -1,0 +1,79 @@
+"""Who an application is, and how its connection is protected, for brokers that share these ways.
+
+A broker says in its documentation which of them it knows; NATS has its own in
+``millstream.nats``.
+"""
+
+from __future__ import annotations
+
+import ssl
+
+from .errors import SetupError
+
+
+class BaseSecurity:
+    """TLS without a login.
+
+    Args:
+        ssl_context: how the other side is checked; Python's default where TLS is asked for
+            without one.
+        use_ssl: whether TLS is used; by default if there is a context.
+    """
+
+    def __init__(
+        self, ssl_context: ssl.SSLContext | None = None, use_ssl: bool | None = None
+    ) -> None:
+        if use_ssl is False and ssl_context is not None:
+            raise SetupError("ssl_context with use_ssl=False", fix="leave out one of them")
+        self.ssl_context = ssl_context
+        self.use_ssl = ssl_context is not None if use_ssl is None else use_ssl
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}{' with TLS' if self.use_ssl else ''}>"
+
+
+class SASLPlaintext(BaseSecurity):
+    """A user and a password.
+
+    Args:
+        username: the user.
+        password: the password, which is never shown.
+        ssl_context: as of :class:`BaseSecurity`.
+        use_ssl: the same.
+    """
+
+    def __init__(
+        self,
+        username: str,
+        password: str,
+        ssl_context: ssl.SSLContext | None = None,
+        use_ssl: bool | None = None,
+    ) -> None:
+        super().__init__(ssl_context, use_ssl)
+        self.username, self.password = username, password
+
+
+class SASLScram256(SASLPlaintext):
+    """A user and a password by SCRAM-SHA-256, which does not send the password."""
+
+
+class SASLScram512(SASLPlaintext):
+    """A user and a password by SCRAM-SHA-512, which does not send the password."""
+
+
+class SASLOAuthBearer(BaseSecurity):
+    """A token, which the broker's own option gives."""
+
+
+class SASLGSSAPI(BaseSecurity):
+    """Kerberos."""
+
+
+__all__ = [
+    "SASLGSSAPI",
+    "BaseSecurity",
+    "SASLOAuthBearer",
+    "SASLPlaintext",
+    "SASLScram256",
+    "SASLScram512",
+]
