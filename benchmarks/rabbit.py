@@ -58,7 +58,7 @@ class Wire:
         self._buffer = b""
         self._socket.sendall(b"AMQP\0\0\x09\x01")
         self._until(spec.Connection.Start)
-        start = spec.Connection.StartOk({}, "PLAIN", b"\0guest\0guest", "en_US")
+        start = spec.Connection.StartOk({}, "PLAIN", b"\0guest\0guest", "en_US")  # pyright: ignore[reportArgumentType]
         self._method(0, start)
         self._until(spec.Connection.Tune)
         self._method(0, spec.Connection.TuneOk(10, 131_072, 0))
