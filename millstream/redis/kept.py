@@ -19,11 +19,21 @@ from redis.exceptions import RedisError, ResponseError
 from ..ack import Settlement
 from ..driver import CANCELLED
 from ..errors import MillstreamError
-from . import scripts
 from .flow import MOST, Flow, gone, ids, log
 from .message import Entry, is_plain, open_fields, open_value
 from .options import sibling
-from .scripts import unwrap
+from .scripts import (
+    LIST_ACK,
+    LIST_LEAVE,
+    LIST_NACK,
+    LIST_TAKE,
+    LIST_TICK,
+    STREAM_LEAVE,
+    STREAM_MINE,
+    STREAM_NACK,
+    STREAM_TICK,
+    unwrap,
+)
 from .wire import BROKEN, Lost, cut, reason_of
 
 #: Reading more within FAST seconds doubles what is held ready, after SLOW seconds halves it: a
@@ -480,7 +490,7 @@ class GroupFlow(Kept):
     async def claim(self, room: int, dead_room: int) -> tuple[list[Entry], bool, float, int]:
         keys = (self.name, self.key(self.group, "alive"), self.key(self.group, "later"))
         found, more, due, there, last, self.floor = await self.driver.script(
-            scripts.STREAM_TICK,
+            STREAM_TICK,
             keys,
             *(self.group, self.me, int(self.ack_wait * 1000), room, dead_room, self.foreign),
         )
@@ -502,9 +512,7 @@ class GroupFlow(Kept):
         missing = [id for id, *_ in pending if id not in before and id not in after]
         if not missing:
             return []
-        found = await self.driver.script(
-            scripts.STREAM_MINE, (self.name,), self.group, self.me, *missing
-        )
+        found = await self.driver.script(STREAM_MINE, (self.name,), self.group, self.me, *missing)
         return [entry for entry in self._entries(found) if entry.id not in self.open]
 
     def acknowledge(self, ids: tuple[bytes, ...]) -> asyncio.Future[Any]:
@@ -513,7 +521,7 @@ class GroupFlow(Kept):
     async def _put_back(self, entries: list[tuple[Entry, float, bool]]) -> None:
         what = [x for e, delay, fresh in entries for x in (e.id, int(delay * 1000), int(fresh))]
         keys = (self.name, self.key(self.group, "later"))
-        await self.driver.script(scripts.STREAM_NACK, keys, self.group, self.me, *what)
+        await self.driver.script(STREAM_NACK, keys, self.group, self.me, *what)
 
     async def touch(self, raw: Any, /) -> None:
         """Make an entry look young to consumers that are not ours; ours go by signs of life."""
@@ -527,7 +535,7 @@ class GroupFlow(Kept):
 
     async def leave(self) -> None:
         keys = (self.name, self.key(self.group, "alive"))
-        await self.driver.script(scripts.STREAM_LEAVE, keys, self.group, self.me)
+        await self.driver.script(STREAM_LEAVE, keys, self.group, self.me)
 
     async def lag(self) -> int | None:
         later = await self.driver.call(self.name, "ZCARD", self.key(self.group, "later"))
@@ -555,7 +563,7 @@ class ListFlow(Kept):
             raise self.driver.refusal(self.spec.destination, ResponseError("WRONGTYPE no list"))
 
     async def take(self, connection: AbstractConnection, count: int) -> list[Entry]:
-        found = await self.driver.script(scripts.LIST_TAKE, (self.name, self.taken), count)
+        found = await self.driver.script(LIST_TAKE, (self.name, self.taken), count)
         if not found:
             await connection.send_command(
                 *("BLMOVE", self.name, self.taken, "LEFT", "RIGHT", self.driver.block / 1000),
@@ -581,7 +589,7 @@ class ListFlow(Kept):
     async def claim(self, room: int, dead_room: int) -> tuple[list[Entry], bool, float, int]:
         keys = (self.name, self.taken, self.key("alive"), self.key("later"))
         found, more, due, there = await self.driver.script(
-            scripts.LIST_TICK,
+            LIST_TICK,
             keys,
             *(self.me, int(self.ack_wait * 1000), room, dead_room),
             *(self.key("taken", ""), os.urandom(8)),
@@ -605,20 +613,20 @@ class ListFlow(Kept):
     def acknowledge(self, ids: tuple[bytes, ...]) -> asyncio.Future[Any]:
         if len(ids) == 1:
             return self.driver.send_now(self.name, "LREM", self.taken, 1, ids[0])
-        return self.driver.script_now(scripts.LIST_ACK, (self.taken,), *ids)
+        return self.driver.script_now(LIST_ACK, (self.taken,), *ids)
 
     async def put_back(self, entries: list[tuple[Entry, float, bool]]) -> None:
         what: list[Any] = []
         for entry, delay, fresh in reversed(entries):  # each goes before those that are there
             what += (entry.id, int(delay * 1000), int(fresh), os.urandom(8))
         keys = (self.name, self.taken, self.key("later"))
-        await self.driver.script(scripts.LIST_NACK, keys, *what)
+        await self.driver.script(LIST_NACK, keys, *what)
 
     def note(self, id: bytes) -> bytes:
         return unwrap(id)[2]
 
     async def leave(self) -> None:
-        await self.driver.script(scripts.LIST_LEAVE, (self.taken, self.key("alive")), self.me)
+        await self.driver.script(LIST_LEAVE, (self.taken, self.key("alive")), self.me)
 
     async def lag(self) -> int | None:
         later = await self.driver.call(self.name, "ZCARD", self.key("later"))
