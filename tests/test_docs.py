@@ -1,8 +1,8 @@
 """Every snippet of README.md and docs/*.md runs.
 
-A ```python block is executed in a process of its own, with a NATS server of its own in the
-place of nats://127.0.0.1:4222 (or localhost). Afterwards what it declared is used: its
-applications, brokers and FastAPI applications are started and stopped, its ``test_*``
+A ```python block is executed in a process of its own, with servers of its own in the place of
+nats://127.0.0.1:4222 and redis://127.0.0.1:6379 (or localhost). Afterwards what it declared is
+used: its applications, brokers and FastAPI applications are started and stopped, its ``test_*``
 functions are called. ``await`` may stand at the top level.
 
 A block whose first line is a comment like ``# main.py`` is saved under that name, so that
@@ -22,12 +22,14 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.servers import NatsServer
+from tests.servers.redis import RedisServer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,6 +38,8 @@ FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
+NATS = re.compile(r"nats://(127\.0\.0\.1|localhost):4222")
+REDIS = re.compile(r"redis://(127\.0\.0\.1|localhost):6379")
 FILE_NAME = re.compile(r"# (\w+\.py)\n")
 
 
@@ -99,20 +103,21 @@ def test_python(snippet: Snippet, nats_server: NatsServer, tmp_path: Path) -> No
         return
     assert snippet.mark in {"", "continue"}, f"{snippet}: unknown mark {snippet.mark!r}"
 
-    def at_test_server(code: str) -> str:
-        return re.sub(r"nats://(127\.0\.0\.1|localhost):4222", nats_server.url, code)
-
-    for name, code in snippet.files.items():
-        (tmp_path / name).write_text(at_test_server(code))
-    (tmp_path / "snippet_.py").write_text(at_test_server(snippet.whole))
-    runner = ROOT / "tests" / "run_snippet.py"
-    done = subprocess.run(
-        [sys.executable, "-P", "-W", "error", runner, nats_server.url],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
+    files = {**snippet.files, "snippet_.py": snippet.whole}
+    with ExitStack() as stack:
+        redis = ""
+        if any(REDIS.search(code) for code in files.values()):
+            redis = stack.enter_context(RedisServer()).url
+        for name, code in files.items():
+            (tmp_path / name).write_text(REDIS.sub(redis, NATS.sub(nats_server.url, code)))
+        runner = ROOT / "tests" / "run_snippet.py"
+        done = subprocess.run(
+            [sys.executable, "-P", "-W", "error", runner, nats_server.url],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=50,
+        )
     assert done.returncode == 0, f"{snippet}\n{done.stdout}\n{done.stderr}"
 
 
