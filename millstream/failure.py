@@ -134,13 +134,14 @@ class Failures:
         retry, clock = self.retry, self.broker.clock
 
         async def call_again(message: Message[Any]) -> Any:
-            attempt = message.attempt
+            attempt = 0
             while True:
                 try:
                     return await call(message)
                 except (HandlerException, StopConsume, DecodeError, HandlerNotFound):
                     raise
                 except Exception as error:
+                    attempt = attempt or message.attempt
                     if isinstance(error, BatchFailed) and isinstance(message, BatchMessage):
                         if not await self._shrunk(message, error, attempt):
                             return None

@@ -38,11 +38,11 @@ def _release(waiting: deque[asyncio.Future[None]]) -> None:
 class Lanes:
     """Hands items from a driver's sink to ``workers`` tasks made once.
 
-    Without ``key`` any free worker takes the next item. With it each worker has its own
-    queue and items of one key always go to the same: order is kept per key, and a slow key
-    does not stop the others. ``limit`` items wait per queue at most; beyond that ``submit``
-    does not return, which is what stops the driver. With ``batch`` a worker collects a list
-    before it delivers.
+    Any free worker takes the next item. With ``key`` an item waits while another one of its key
+    runs or waits before it: order is kept per key, and a slow key takes one worker at most.
+    ``limit`` items wait at most, with a key for each worker; beyond that ``submit`` does not
+    return, which is what stops the driver. With ``batch`` a worker collects a list before it
+    delivers.
     """
 
     def __init__(
@@ -57,16 +57,17 @@ class Lanes:
         name: str = "",
     ) -> None:
         self._deliver = deliver
-        self._limit = limit
+        self._limit = limit if key is None else limit * workers
         self._clock = clock
         self._key = key
         self._batch = batch
-        self._lanes = [_Lane() for _ in range(workers if key is not None else 1)]
+        self._lane = _Lane()
+        #: Each key that runs or is about to, and what waits behind it.
+        self._chains: dict[Hashable, deque[Any] | None] = {}
+        self._chained = 0
+        work = self._work if key is None else self._work_keyed
         self._tasks = [
-            asyncio.create_task(
-                self._work(self._lanes[i % len(self._lanes)]), name=f"{name}-lane-{i}"
-            )
-            for i in range(workers)
+            asyncio.create_task(work(self._lane), name=f"{name}-lane-{i}") for i in range(workers)
         ]
         self.busy = 0
         self._closed = False
@@ -75,10 +76,21 @@ class Lanes:
 
     async def submit(self, item: Any) -> None:
         """Queue an item; returns when there was room for it."""
-        lanes, key = self._lanes, self._key
-        lane = lanes[0] if key is None else lanes[hash(key(item)) % len(lanes)]
-        if len(lane.items) >= self._limit:
+        lane = self._lane
+        if len(lane.items) + self._chained >= self._limit:
             await self._room(lane, item)
+        if self._key is not None:
+            key, chains = self._key(item), self._chains
+            if key in chains:
+                chain = chains[key]
+                if chain is None:
+                    chains[key] = deque((item,))
+                else:
+                    chain.append(item)
+                self._chained += 1
+                return
+            chains[key] = None
+            item = key, item
         lane.items.append(item)
         if lane.wake:
             _release(lane.wake)
@@ -86,12 +98,32 @@ class Lanes:
     async def _room(self, lane: _Lane, item: Any) -> None:
         self._outside.append(item)
         try:
-            while len(lane.items) >= self._limit:
+            while len(lane.items) + self._chained >= self._limit:
                 future = asyncio.get_running_loop().create_future()
                 lane.room.append(future)
                 await future
         finally:
             self._outside.remove(item)
+
+    async def _work_keyed(self, lane: _Lane) -> None:
+        deliver, chains = self._deliver, self._chains
+        while not self._closed:
+            while not lane.items:
+                await self._wait(lane)
+            key, item = lane.items.popleft()
+            if lane.room:
+                _release(lane.room)
+            self.busy += 1
+            try:
+                await deliver(item)
+            finally:
+                self.busy -= 1
+                chain = chains[key]
+                if chain:  # behind what others wait for, so that no key takes a worker for good
+                    lane.items.append((key, chain.popleft()))
+                    self._chained -= 1
+                else:
+                    del chains[key]
 
     async def _work(self, lane: _Lane) -> None:
         deliver, batch = self._deliver, self._batch
@@ -140,22 +172,33 @@ class Lanes:
 
     def take_back(self) -> list[Any]:
         """Remove and return everything that waits."""
-        items: list[Any] = []
-        for lane in self._lanes:
-            items.extend(lane.items)
-            lane.items.clear()
-            while lane.room:
-                _release(lane.room)
+        lane, chains = self._lane, self._chains
+        items = self._waiting()
+        if self._key is not None:
+            for key, _ in lane.items:
+                del chains[key]
+            for key in chains:
+                chains[key] = None  # one of it runs
+            self._chained = 0
+        lane.items.clear()
+        while lane.room:
+            _release(lane.room)
         return items
+
+    def _waiting(self) -> list[Any]:
+        if self._key is None:
+            return list(self._lane.items)
+        behind = (item for chain in self._chains.values() for item in chain or ())
+        return [*(item for _, item in self._lane.items), *behind]
 
     def items(self) -> list[Any]:
         """Everything that waits; it stays where it is."""
-        return [item for lane in self._lanes for item in lane.items] + self._outside
+        return self._waiting() + self._outside
 
     @property
     def waiting(self) -> int:
         """Items that no worker has begun."""
-        return sum(len(lane.items) for lane in self._lanes) + len(self._outside)
+        return len(self._lane.items) + self._chained + len(self._outside)
 
     @property
     def idle(self) -> bool:

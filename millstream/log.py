@@ -8,6 +8,11 @@ from typing import Any
 
 from .types import LoggerLike
 
+#: Where ``millstream run --workers`` tells a worker its number.
+WORKER_VARIABLE = "MILLSTREAM_WORKER_ID"
+#: What the command line was told to run, for names that have to be the same after a restart.
+TARGET_VARIABLE = "MILLSTREAM_TARGET"
+
 _PACKAGE = os.path.dirname(__file__) + os.sep
 
 

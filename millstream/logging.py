@@ -28,14 +28,11 @@ from typing import Any, TextIO
 import msgspec
 
 from .errors import SetupError
+from .log import WORKER_VARIABLE
 from .message import current
 
 #: What :class:`MessageFilter` puts on a record; an empty string where there is nothing to say.
 FIELDS = ("subject", "message_id", "handler", "worker_id")
-#: Where ``millstream run --workers`` tells a worker its number.
-WORKER_VARIABLE = "MILLSTREAM_WORKER_ID"
-#: What the command line was told to run, for names that have to be the same after a restart.
-TARGET_VARIABLE = "MILLSTREAM_TARGET"
 
 #: Loggers to which servers attach handlers of their own.
 _SERVERS = (

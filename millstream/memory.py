@@ -7,6 +7,7 @@ A subscription is *plain* (it gets what is published while it listens, at most o
 from __future__ import annotations
 
 import asyncio
+import math
 import operator
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -76,7 +77,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
         patterns: addresses, wildcards and placeholders allowed.
         group: subscriptions with the same group share the messages.
         durable: the name of the store; subscriptions with the same name share it.
-        ack_wait: seconds until an unsettled message is delivered again.
+        ack_wait: seconds until an unsettled message is delivered again; infinite means when
+            its consumer ends.
         max_deliver: deliveries after which the store gives a message up; 0 is no limit.
         replay: which of the kept messages of its addresses a new store begins with; ``latest``
             is the newest of each address, ``last`` the newest of all.
@@ -338,6 +340,8 @@ class MemoryIntake:
         self.fetched: deque[Entry] = deque()
         #: What the sink has at the moment.
         self.given: Entry | None = None
+        #: What was given and may not be settled, where there is no deadline.
+        self._held: set[Entry] = set()
         self.paused = False
         #: Resolved to wake the task up.
         self._idle: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -402,6 +406,9 @@ class MemoryIntake:
     def _watch(self, delivery: Delivery) -> None:
         entry = delivery.entry
         if self.store is not None and not entry.done:
+            if self.source.ack_wait == math.inf:
+                self._held = {e for e in self._held if not e.done} | {entry}
+                return
             _cancel(entry)
             entry.timer = self.driver.clock.call_later(
                 self.source.ack_wait, self.store.again, entry, 0.0, self.driver.clock
@@ -434,6 +441,9 @@ class MemoryIntake:
         if asyncio.current_task() is not self.task:
             self.task.cancel()
             await asyncio.wait([self.task], timeout=CANCELLED)
+        for entry in self._held:
+            if self.store is not None and entry.current is not None and not entry.done:
+                self.store.again(entry, 0.0, self.driver.clock)
 
     async def settle(
         self, raw: Any, how: Settlement, delay: float | None, /, **options: Any

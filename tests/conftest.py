@@ -1,9 +1,9 @@
 """Fixtures of the whole suite.
 
-``nats``, ``redis``, ``valkey`` and ``rabbit`` are one server per test process, to be shared: use
-names from ``unique``. A server given by MILLSTREAM_TEST_NATS_URL (…REDIS_URL, …RABBIT_URL) is used
-instead of starting one. ``nats_server`` and ``rabbit_server`` are a test's own, to be stopped,
-killed and restarted.
+``nats``, ``redis``, ``valkey``, ``rabbit``, ``kafka`` and ``mqtt`` are one server per test process,
+to be shared: use names from ``unique``. A server given by MILLSTREAM_TEST_NATS_URL (…REDIS_URL and
+so on) is used instead of starting one. ``nats_server`` and the like are a test's own, to be
+stopped, killed and restarted.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.kafka.fixtures import kafka, kafka_server
+from tests.mqtt.fixtures import mqtt
 from tests.redis.fixtures import redis, valkey
 from tests.servers import NatsServer, missing, nats_binary
 from tests.servers.rabbit import RabbitServer, rabbit_script
 
-__all__ = ["redis", "valkey"]
+__all__ = ["kafka", "kafka_server", "mqtt", "redis", "valkey"]
 
 pytest.register_assert_rewrite("tests.helpers")
 

@@ -1,7 +1,7 @@
 """Every snippet of README.md and docs/*.md runs.
 
 A ```python block is executed in a process of its own, with servers of its own in the place of
-nats://127.0.0.1:4222 and redis://127.0.0.1:6379 (or localhost). Afterwards what it declared is
+those that brokers have at their usual addresses (see SERVERS). Afterwards what it declared is
 used: its applications, brokers and FastAPI applications are started and stopped, its ``test_*``
 functions are called. ``await`` may stand at the top level.
 
@@ -22,13 +22,18 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.servers import NatsServer
+from tests.servers.base import Server
+from tests.servers.kafka import KafkaServer
+from tests.servers.mqtt import MosquittoServer
+from tests.servers.nats import NatsServer
+from tests.servers.rabbit import RabbitServer
 from tests.servers.redis import RedisServer
 
 ROOT = Path(__file__).parent.parent
@@ -38,8 +43,15 @@ FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
-NATS = re.compile(r"nats://(127\.0\.0\.1|localhost):4222")
-REDIS = re.compile(r"redis://(127\.0\.0\.1|localhost):6379")
+HOST = r"(127\.0\.0\.1|localhost)"
+NATS = re.compile(f"nats://{HOST}:4222")
+#: What stands in the place of each other address.
+SERVERS: dict[re.Pattern[str], Callable[[], Server]] = {
+    re.compile(f"redis://{HOST}:6379"): RedisServer,
+    re.compile(f"amqp://guest:guest@{HOST}:5672/?"): RabbitServer,
+    re.compile(f"{HOST}:9092"): KafkaServer,
+    re.compile(f"mqtt://{HOST}:1883"): MosquittoServer,
+}
 FILE_NAME = re.compile(r"# (\w+\.py)\n")
 
 
@@ -105,11 +117,14 @@ def test_python(snippet: Snippet, nats_server: NatsServer, tmp_path: Path) -> No
 
     files = {**snippet.files, "snippet_.py": snippet.whole}
     with ExitStack() as stack:
-        redis = ""
-        if any(REDIS.search(code) for code in files.values()):
-            redis = stack.enter_context(RedisServer()).url
+        urls = {NATS: nats_server.url}
+        for address, server in SERVERS.items():
+            if any(address.search(code) for code in files.values()):
+                urls[address] = stack.enter_context(server()).url
         for name, code in files.items():
-            (tmp_path / name).write_text(REDIS.sub(redis, NATS.sub(nats_server.url, code)))
+            for address, url in urls.items():
+                code = address.sub(url, code)
+            (tmp_path / name).write_text(code)
         runner = ROOT / "tests" / "run_snippet.py"
         done = subprocess.run(
             [sys.executable, "-P", "-W", "error", runner, nats_server.url],

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from ..logging import WORKER_VARIABLE
+from ..log import WORKER_VARIABLE
 from .options import RunOptions
 
 #: The grace a child gets beyond the one its brokers ask for, in seconds.

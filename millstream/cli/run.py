@@ -17,6 +17,7 @@ from typing import Any
 from .. import logging as setup
 from ..app import Millstream
 from ..errors import ConnectError, MillstreamError, SetupError
+from ..log import TARGET_VARIABLE
 from .answering import answering
 from .child import Channel, Hello
 from .options import RunOptions
@@ -72,7 +73,7 @@ def execute(options: RunOptions, channel: Channel | None = None) -> int:
         channel: the way to the supervisor, in a process that it started.
     """
     limit = _Limit()
-    os.environ[setup.TARGET_VARIABLE] = options.target
+    os.environ[TARGET_VARIABLE] = options.target
     try:
         found = find(options.target, app_dir=options.app_dir, factory=options.factory)
         with limit, asyncio.Runner(loop_factory=loop_factory(options.loop)) as runner:

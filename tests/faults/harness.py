@@ -256,6 +256,8 @@ class Trial:
                 if time.monotonic() > end:
                     raise
                 await asyncio.sleep(0.05)
+                # The first one may have been stored all the same.
+                self.ledger.write("sent", order.id, key=order.key, seq=order.seq)
         self.ledger.write("confirmed", order.id)
 
     async def publish(self, body: Any, id: str, **options: Any) -> None:
@@ -406,6 +408,7 @@ class Trial:
             self.faults,
             held=None if held < 0 else held,
             confirms=self.source.confirms,
+            repeats=not self.source.once,
             # What it held; then the next attempt to connect, which may time out once.
             away=(0.5, self.setup.reconnect + 2.5),
             **options,

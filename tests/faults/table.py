@@ -51,7 +51,7 @@ def cell(row: dict[str, Any]) -> str:
         return "**fails**"
     numbers = [f"-{row['lost']}"] if row["lost"] else []
     numbers += [f"+{row['duplicated']}"] if row["duplicated"] else []
-    numbers += [f"{row['recovery']:.1f} s"] if row["recovery"] else []
+    numbers += [f"{row['recovery']:.1f} s"] if (row["recovery"] or 0) >= 0.05 else []
     return " ".join(["holds", *numbers])
 
 

@@ -89,6 +89,8 @@ class Source(ABC):
     separator: ClassVar[str] = "."
     #: A publication is confirmed once it is stored, and comes again until it is settled.
     confirms: ClassVar[bool] = True
+    #: What is published again with the same id is stored once.
+    once: ClassVar[bool] = False
     #: Other processes than this one can reach it, so that there is a server.
     processes: ClassVar[bool] = True
     #: Of the subscription.

@@ -78,6 +78,7 @@ class JetStream(Core):
 
     name = "jetstream"
     confirms = True
+    once = True
     capabilities = NatsSubscription("a", stream="s", durable="d").capabilities
     nobody = None
     full = "maximum bytes"

@@ -1,0 +1,5 @@
+"""The same as ``millstream.kafka.response``."""
+
+from ..kafka.response import KafkaPublishCommand, KafkaPublishMessage, KafkaResponse
+
+__all__ = ["KafkaPublishCommand", "KafkaPublishMessage", "KafkaResponse"]

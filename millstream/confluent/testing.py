@@ -1,0 +1,5 @@
+"""The same as ``millstream.kafka.testing``."""
+
+from ..kafka.testing import TestKafkaBroker
+
+__all__ = ["TestKafkaBroker"]

@@ -1,0 +1,191 @@
+"""The Kafka broker and its router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack, cast, overload
+
+from ..broker import Broker, BrokerOptions, known_options
+from ..endpoints import (
+    Endpoints,
+    P,
+    Route,
+    RoutePublisher,
+    Router,
+    asks,
+    declares,
+    produces,
+    sends,
+)
+from ..errors import SetupError
+from ..security import BaseSecurity
+from ..subscriber import Subscriber
+from .client import Client
+from .driver import KafkaDriver
+from .options import KafkaPublication, KafkaPublish, KafkaRequest, KafkaSubscription, Topic
+from .settings import addresses, confluent, producing
+
+
+class KafkaConnect(BrokerOptions, total=False):
+    """Options of a Kafka broker: those of every broker, and Kafka's own.
+
+    Keys:
+        client: ``confluent`` (confluent-kafka).
+        security: how the cluster is reached, and who we are.
+        sasl_oauth_token_provider: for SASLOAuthBearer: a function that returns a token, or a
+            token and its expiry in seconds since the epoch.
+        sasl_kerberos_service_name, sasl_kerberos_domain_name: for SASLGSSAPI.
+        ssl_cafile, ssl_certfile, ssl_keyfile, ssl_key_password: certificates in files; the
+            second and third are who we are.
+        client_id: our name in the brokers' logs and quotas.
+        reply_topic: where answers to requests come; ``millstream.replies``.
+        allow_auto_create_topics: make topics that are missing; True.
+        enable_idempotence: a message that the library sends again is stored once; True.
+        acks: only without idempotence: ``all``, 1 or 0.
+        compression_type: ``gzip``, ``snappy``, ``lz4``, ``zstd`` or ``none``.
+        max_batch_size, linger_ms, partitioner, max_request_size: of the producer, as Kafka's
+            clients take them.
+        request_timeout_ms, retry_backoff_ms, connections_max_idle_ms: the same, of everything.
+        metadata_max_age_ms: between two looks for new topics and partitions.
+        reconnect_backoff_max_ms: the longest wait between two attempts to connect; 2000.
+        config: further settings of the client library, by its own names.
+        consumer_only, loop, client_rack: accepted for callers of other frameworks.
+    """
+
+    client: Literal["confluent"]
+    security: BaseSecurity | None
+    sasl_oauth_token_provider: Any
+    sasl_kerberos_service_name: str | None
+    sasl_kerberos_domain_name: str | None
+    ssl_cafile: str | None
+    ssl_certfile: str | None
+    ssl_keyfile: str | None
+    ssl_key_password: str | None
+    client_id: str | None
+    reply_topic: str
+    allow_auto_create_topics: bool
+    enable_idempotence: bool
+    acks: Any
+    compression_type: str | None
+    max_batch_size: int
+    linger_ms: int
+    partitioner: Any
+    max_request_size: int
+    request_timeout_ms: int
+    retry_backoff_ms: int
+    connections_max_idle_ms: int
+    metadata_max_age_ms: int
+    reconnect_backoff_max_ms: int
+    config: Mapping[str, Any] | None
+    consumer_only: bool
+    loop: Any
+    client_rack: str | None
+
+
+class _OfTopics(Protocol[P]):
+    """``subscriber(topic, ...)``, or with several topics first."""
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Subscriber: ...
+    @overload
+    def __call__(
+        self, first: str | Topic, second: str | Topic, /, *more: str | Topic, **options: Any
+    ) -> Subscriber: ...
+
+
+class _DeclaresTopics(declares[P]):
+    """The same as ``declares``, where each positional argument is a topic."""
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __get__(self, obj: None, owner: type) -> declares[P]: ...
+        @overload
+        def __get__(self, obj: Any, owner: type) -> _OfTopics[P]: ...
+
+    def __get__(self, obj: Any, owner: type) -> Any:
+        declare: Callable[..., Subscriber] = super().__get__(obj, owner)
+        if obj is None:
+            return declare
+
+        def subscriber(*topics: str | Topic, **options: Any) -> Subscriber:
+            if len(topics) > 1:
+                return declare(topics, **options)
+            return declare(*topics, **options)
+
+        return self.bound(obj, subscriber)
+
+
+class KafkaEndpoints(Endpoints):
+    """What a Kafka broker and its routers can declare."""
+
+    subscriber = _DeclaresTopics(KafkaSubscription)
+    publisher = produces(KafkaPublication)
+
+
+class KafkaRouter(KafkaEndpoints, Router):
+    """Declarations to be included in a :class:`KafkaBroker` or another router."""
+
+
+class KafkaRoute(Route):
+    """A subscription with its handler, for ``KafkaRouter(handlers=[...])``."""
+
+
+class KafkaPublisher(RoutePublisher):
+    """The arguments of ``router.publisher``, to be declared with a :class:`KafkaRoute`."""
+
+
+class KafkaBroker(KafkaEndpoints, Broker):
+    """A connection to Kafka, with subscribers and publishers.
+
+    Args:
+        bootstrap_servers: some of its nodes, each ``host:port``.
+        options: see :class:`KafkaConnect` and :class:`millstream.broker.BrokerOptions`.
+    """
+
+    publish = sends(KafkaPublish)
+    request = asks(KafkaRequest)
+
+    if TYPE_CHECKING:
+        driver: KafkaDriver
+
+    def __init__(
+        self,
+        bootstrap_servers: str | Sequence[str] = "localhost:9092",
+        **options: Unpack[KafkaConnect],
+    ) -> None:
+        given = cast(dict[str, Any], dict(options))
+        known_options(given, KafkaConnect, type(self).__name__)
+        common = {key: given.pop(key) for key in BrokerOptions.__annotations__ if key in given}
+        given["servers"] = addresses(bootstrap_servers)
+        client = given.pop("client", "confluent")
+        if client != "confluent":
+            raise SetupError(f"client={client!r}", fix="'confluent'")
+        timeout = common.get("publish_timeout", 5.0)
+        age = given.get("metadata_max_age_ms")
+        settings, sending = confluent(given), producing(given, timeout)
+
+        def make(down: Callable[[str], None]) -> Client:
+            from .confluent import ConfluentClient
+
+            return ConfluentClient(settings, sending, {}, down)
+
+        driver = KafkaDriver(
+            make,
+            ", ".join(given["servers"]),
+            publish_timeout=timeout,
+            refresh=age / 1000 if age else None,
+            create=given.get("allow_auto_create_topics", True),
+            reply_topic=given.get("reply_topic", "millstream.replies"),
+        )
+        super().__init__(driver, **cast(BrokerOptions, common))
+
+
+__all__ = [
+    "KafkaBroker",
+    "KafkaConnect",
+    "KafkaEndpoints",
+    "KafkaPublisher",
+    "KafkaRoute",
+    "KafkaRouter",
+]

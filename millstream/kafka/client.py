@@ -1,0 +1,159 @@
+"""What the engine asks of a client library: the same of confluent-kafka and of aiokafka."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from .message import Record, RecordMetadata
+from .offsets import Commit, Partition, Place
+from .options import KafkaSubscription, Topic
+
+Pairs = list[tuple[str, bytes]]
+
+
+class Start(NamedTuple):
+    """Where a partition begins that just came: the offset, and the note of its last commit."""
+
+    topic: str
+    partition: int
+    offset: int
+    note: str | None
+
+
+class Broken(Exception):
+    """Kafka did not do what was asked.
+
+    Args:
+        text: why.
+        code: Kafka's name of the error, such as ``UNKNOWN_TOPIC_OR_PART``.
+        fatal: whether the client is of no use any more.
+    """
+
+    def __init__(self, text: str, code: str = "", fatal: bool = False) -> None:
+        super().__init__(text)
+        self.code, self.fatal = code, fatal
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """How one reader reads.
+
+    Fields:
+        spec: the subscription.
+        topics: names, or one regular expression that begins with ``^``.
+        group: the consumer group.
+        begin: ``earliest`` or ``latest``.
+        partitions: exactly these, with where to begin.
+        refresh: seconds between two looks for new topics and partitions.
+    """
+
+    spec: KafkaSubscription
+    topics: list[str]
+    group: str | None
+    begin: str
+    partitions: Sequence[tuple[Place, int]] = ()
+    refresh: float = 30.0
+
+    def wants(self, name: str) -> bool:
+        """Whether a topic is among those that are read."""
+        if self.topics[0].startswith("^"):
+            return not name.startswith("__") and re.match(self.topics[0], name) is not None
+        return name in self.topics
+
+
+class Owner(Protocol):
+    """Who uses a reader."""
+
+    def arrived(self, messages: list[Any]) -> None:
+        """Messages of any partitions, in the order of each."""
+
+    async def gained(self, starts: Sequence[Start]) -> None:
+        """These partitions are ours from now on."""
+
+    async def losing(self, places: Sequence[Place], *, gone: bool) -> list[Commit]:
+        """These partitions go to somebody else; what to commit before they do.
+
+        ``gone`` says that they are gone already, and nothing can be committed.
+        """
+        ...
+
+    def failed(self, error: Broken) -> None:
+        """The reader reports an error; a fatal one is its end."""
+
+
+class Reader(Protocol):
+    """Reads for one subscription, and tells its :class:`Owner`."""
+
+    async def start(self) -> None: ...
+    async def close(self) -> None:
+        """Leave the group, after a last commit."""
+
+    def hold(self, full: bool) -> None:
+        """Read nothing for now, but stay in the group; or go on."""
+
+    def halt(self, place: Place, stop: bool) -> None:
+        """The same for one partition."""
+
+    async def commit(self, commits: Sequence[Commit]) -> None:
+        """Returns when the group knows; :class:`Broken` if it does not take it."""
+
+    def seek(self, place: Place, offset: int) -> None: ...
+
+    async def ends(self, places: Sequence[Place]) -> dict[Place, int]:
+        """The offsets behind the last messages."""
+        ...
+
+    async def times(self, places: Sequence[Place], ms: int) -> dict[Place, int]:
+        """The offsets of the first messages that are not older than that."""
+        ...
+
+
+class Client(Protocol):
+    """One client library, connected to one cluster."""
+
+    @staticmethod
+    def records(messages: list[Any], parts: Mapping[Any, Partition]) -> list[Record]:
+        """Messages of the library as ours: those that belong to a partition, which admits them."""
+        ...
+
+    async def connect(self) -> None: ...
+    async def close(self) -> None: ...
+    async def ping(self, timeout: float) -> None:
+        """Raise :class:`Broken` unless a broker answers in time."""
+
+    def send(
+        self,
+        topic: str,
+        value: bytes | None,
+        key: bytes | None,
+        pairs: Pairs,
+        partition: int | None,
+        timestamp_ms: int | None,
+    ) -> asyncio.Future[RecordMetadata]: ...
+    async def flush(self, timeout: float) -> None: ...
+    async def renew(self) -> None:
+        """A new producer in place of one that failed for good."""
+
+    def reader(self, plan: Plan, owner: Owner) -> Reader: ...
+    async def make(self, topics: Sequence[Topic]) -> list[str]:
+        """Make topics that are not there; the names of those that were made."""
+        ...
+
+    async def layout(self, topics: Sequence[str]) -> Mapping[str, list[int]]:
+        """The partitions of topics; all topics if none is named. Unknown ones are left out."""
+        ...
+
+    async def ends(self, places: Sequence[Place]) -> dict[Place, int]:
+        """The offsets behind the last messages."""
+        ...
+
+    async def cut(self, place: Place, before: int) -> None:
+        """Delete the messages of a partition before an offset for good."""
+
+    def scan(self, topic: str, starts: Mapping[Place, int]) -> AsyncIterator[Record]:
+        """What a topic has now, partition by partition; nothing is consumed."""
+        ...

@@ -1,0 +1,378 @@
+"""The Kafka driver: one client library, and everything that goes through it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from ..address import AddressSyntax
+from ..clock import Clock, LoopClock
+from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
+from ..errors import (
+    ConnectError,
+    MessageTooLarge,
+    NotConnected,
+    PublishError,
+    PublishTimeout,
+    RequestTimeout,
+    SetupError,
+)
+from ..message import Message, new_id
+from .client import Broken, Client, Plan
+from .flow import Flow
+from .letters import KafkaLetters
+from .message import KafkaMessage, Record, RecordMetadata
+from .offsets import Place
+from .options import SYNTAX, KafkaPublication, KafkaPublish, KafkaSubscription, Topic
+from .retries import Retries, names, topics
+
+#: Seconds between two looks whether the cluster is back.
+LOOK = 0.5
+#: Seconds between two looks whether there is room for a message.
+ROOM = 0.005
+#: Seconds that a reader of a pattern takes to see a new topic.
+REFRESH = 5.0
+#: Milliseconds for which answers to requests are kept.
+_REPLIES = {"retention.ms": "600000", "cleanup.policy": "delete"}
+
+
+class KafkaDriver:
+    """One connection to a Kafka cluster.
+
+    Args:
+        make: gives the client library; called with a function to be told of outages.
+        where: the cluster's addresses, for people.
+        publish_timeout: seconds for one publication, where the command does not say it.
+        refresh: seconds between two looks for new topics and partitions.
+        create: whether topics are made that are not there.
+        reply_topic: where answers to requests come.
+    """
+
+    name: ClassVar[str] = "kafka"
+    syntax: ClassVar[AddressSyntax] = SYNTAX
+    command: ClassVar[type[PublishCommand]] = KafkaPublish
+    control_headers: ClassVar[str | tuple[str, ...]] = ""
+
+    def __init__(
+        self,
+        make: Callable[[Callable[[str], None]], Client],
+        where: str,
+        *,
+        publish_timeout: float = 5.0,
+        refresh: float | None = None,
+        create: bool = True,
+        reply_topic: str = "millstream.replies",
+    ) -> None:
+        self.client: Client = make(self._down)
+        self._where = where
+        self.publish_timeout, self.refresh, self.create = publish_timeout, refresh, create
+        self.reply_topic = reply_topic
+        self.clock: Clock = LoopClock()
+        self.notify: Callable[[str, str], None] = lambda event, reason: None
+        self.flows: set[Flow] = set()
+        self.retries = Retries(self)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._connected = False
+        self._looking = False
+        #: Why no broker is reached at the moment.
+        self._reason = ""
+        self._replies: Flow | None = None
+        self._replies_lock = asyncio.Lock()
+        self._asked: dict[str, asyncio.Future[Record]] = {}
+        self._subscriptions = 0
+
+    def describe(self) -> str:
+        return self._where
+
+    # Connection
+
+    async def connect(self) -> None:
+        if self._connected:
+            return
+        try:
+            await self.client.connect()
+        except Broken as error:
+            permanent = "AUTH" in error.code or "SSL" in error.code
+            raise ConnectError(f"{self._where}: {error}", permanent=permanent) from error
+        self._connected, self._reason = True, ""
+
+    async def close(self) -> None:
+        for flow in list(self.flows):
+            await flow.close()
+        replies, self._replies = self._replies, None
+        if replies is not None:
+            await replies.close()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._connected:
+            self._connected = False
+            if not self._reason:
+                with contextlib.suppress(Broken):
+                    await self.client.flush(2.0)
+            await self.client.close()
+
+    async def ping(self, timeout: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout):
+                await self.client.ping(timeout)
+        except (Broken, TimeoutError):
+            return False
+        return True
+
+    def _down(self, reason: str) -> None:
+        """The library reaches no broker, or believes so: it is asked for a sign of life."""
+        if self._connected and not self._looking:
+            self._looking = True
+            self._spawn(self._look(reason))
+
+    async def _look(self, reason: str) -> None:
+        try:
+            if await self.ping(2.0):
+                return
+            self._reason = reason
+            self.notify("disconnected", reason)
+            while not await self.ping(2.0):
+                await asyncio.sleep(LOOK)
+            self._reason = ""
+            self.notify("reconnected", self._where)
+        finally:
+            self._looking = False
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Declarations and subscriptions
+
+    async def declare(self, specs: Sequence[Spec]) -> None:
+        try:
+            await self.ensure(specs)
+        except Broken as error:
+            raise self._refusal("topics cannot be made", error) from error
+
+    async def ensure(self, specs: Sequence[Spec]) -> list[str]:
+        """Make what topics are missing; the names of those that were made."""
+        wanted: dict[str, Topic] = {}
+        for spec in specs:
+            found: list[Topic] = []
+            if isinstance(spec, KafkaSubscription):
+                found = [*([] if spec.wild else spec.topic_list), *topics(spec)]
+            elif isinstance(spec, KafkaPublication):
+                found = [spec.topic if isinstance(spec.topic, Topic) else Topic(spec.topic)]
+            for topic in found:
+                known = wanted.get(topic.name)
+                if topic.declare and (known is None or known.num_partitions is None):
+                    wanted[topic.name] = topic
+        return await self.client.make(list(wanted.values())) if wanted and self.create else []
+
+    def _refusal(self, what: str, error: Broken) -> Exception:
+        if "AUTHORIZATION" in error.code or error.code == "POLICY_VIOLATION":
+            return SetupError(
+                f"{what}: {error}", fix="have them made by an operator, or grant the right"
+            )
+        return ConnectError(f"{self._where}: {what}: {error}")
+
+    def plan(self, spec: KafkaSubscription) -> Plan:
+        """How a subscription is read."""
+        group = spec.group_id
+        begin = spec.auto_offset_reset or ("latest" if group is None else "earliest")
+        if spec.wild:
+            pattern = SYNTAX.compile(spec.destination).pattern
+            listed = [pattern] if not names(spec) else [pattern, *names(spec)]
+        else:
+            listed = [*(t.name for t in spec.topic_list), *names(spec)]
+        refresh = self.refresh or (REFRESH if spec.wild or group is None else 30.0)
+        parts = [(Place(p.topic, p.partition), p.offset) for p in spec.partitions]
+        return Plan(spec, listed, group, begin, parts, refresh)
+
+    async def subscribe(
+        self, spec: SubscriptionSpec, sink: Sink, lost: Callable[[Exception], None]
+    ) -> Intake:
+        assert isinstance(spec, KafkaSubscription)
+        flow = Flow(self, spec, sink, lost, self.plan(spec))
+        self.flows.add(flow)
+        try:
+            await flow.start()
+        except Broken as error:
+            await flow.close()
+            raise self._refusal(f"{spec.destination} cannot be read", error) from error
+        except BaseException:
+            await flow.close()
+            raise
+        return flow
+
+    # Publishing
+
+    async def publish(
+        self, command: KafkaPublish, data: bytes, headers: dict[str, str] | None
+    ) -> RecordMetadata | asyncio.Future[RecordMetadata] | None:
+        if command.reply_to:
+            headers = {**(headers or {}), "reply_to": command.reply_to}
+        future = self._offer(command, data, headers)
+        if future is None:
+            future = await self._offered(command, data, headers)
+        if command.no_confirm:
+            return future
+        timeout = command.timeout
+        if timeout is None or timeout == self.publish_timeout:
+            try:
+                return await future
+            except Broken as error:
+                raise self._unsent(command, error) from error
+        try:
+            async with asyncio.timeout(timeout):
+                return await future
+        except Broken as error:
+            raise self._unsent(command, error) from error
+        except TimeoutError:
+            raise self._unsent(command, Broken("no confirmation", "_MSG_TIMED_OUT")) from None
+
+    def _offer(
+        self, command: KafkaPublish, data: bytes, headers: dict[str, str] | None
+    ) -> asyncio.Future[RecordMetadata] | None:
+        """Give a message to the library; None while it has no room."""
+        if not self._connected:
+            raise NotConnected(
+                f"not connected to {self._where}: `await broker.connect()` comes first",
+                state="not connected",
+                wanted="connected",
+            )
+        topic = command.destination
+        if not topic:
+            raise SetupError("a message to nowhere", fix="name a topic")
+        key = command.key
+        try:
+            return self.client.send(
+                topic,
+                data if data or command.message is not None else None,
+                key.encode() if isinstance(key, str) else key,
+                [(name, text.encode()) for name, text in headers.items()] if headers else [],
+                command.partition,
+                command.timestamp_ms,
+            )
+        except BufferError:
+            return None
+        except Broken as error:
+            raise self._unsent(command, error) from error
+
+    async def _offered(
+        self, command: KafkaPublish, data: bytes, headers: dict[str, str] | None
+    ) -> asyncio.Future[RecordMetadata]:
+        end = time.monotonic() + (command.timeout or self.publish_timeout)
+        while True:
+            await asyncio.sleep(ROOM)
+            future = self._offer(command, data, headers)
+            if future is not None:
+                return future
+            if time.monotonic() > end:
+                raise self._unsent(command, Broken("no room for it", "_MSG_TIMED_OUT"))
+
+    def _unsent(self, command: KafkaPublish, error: Broken) -> Exception:
+        """What a message that was not taken is called here."""
+        topic = command.destination
+        if "TOO_LARGE" in error.code:
+            return MessageTooLarge(f"{topic!r}: {error}")
+        if error.fatal:
+            self._spawn(self._renew(str(error)))
+        if error.code in ("_MSG_TIMED_OUT", "_TIMED_OUT", "_TIMED_OUT_QUEUE", "REQUEST_TIMED_OUT"):
+            if self._reason:
+                return NotConnected(
+                    f"{self._where} is not connected: {self._reason}",
+                    state="disconnected",
+                    wanted="connected",
+                )
+            seconds = command.timeout or self.publish_timeout
+            return PublishTimeout(f"{topic!r}: no confirmation within {seconds:g} s")
+        return PublishError(f"{topic!r} was not published: {error}")
+
+    async def _renew(self, reason: str) -> None:
+        self.notify("error", f"the producer is made anew: {reason}")
+        with contextlib.suppress(Broken):
+            await self.client.renew()
+
+    # Requests
+
+    async def request(
+        self, command: KafkaPublish, data: bytes, headers: dict[str, str] | None, timeout: float
+    ) -> Record:
+        end = time.monotonic() + timeout
+        await self._open_replies(command, timeout)
+        headers = dict(headers or {})
+        known = headers.get("correlation_id")
+        id = known if known and known not in self._asked else new_id()
+        headers["correlation_id"] = id
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Record] = loop.create_future()
+        self._asked[id] = future
+        late = RequestTimeout(f"no reply from {command.destination!r} within {timeout:g} s")
+        timer = loop.call_later(max(end - time.monotonic(), 0), _expire, future, late)
+        command.reply_to, command.timeout = self.reply_topic, timeout
+        command.no_confirm = False
+        try:
+            await self.publish(command, data, headers)
+            return await future
+        finally:
+            timer.cancel()
+            self._asked.pop(id, None)
+
+    async def _open_replies(self, command: KafkaPublish, timeout: float) -> None:
+        """Read the shared topic of answers, from now on."""
+        async with self._replies_lock:
+            if self._replies is not None:
+                return
+            spec = KafkaSubscription(Topic(self.reply_topic, config=_REPLIES))
+            flow = Flow(self, spec, self._answered, self._no_replies, self.plan(spec))
+            try:
+                async with asyncio.timeout(timeout):
+                    await self.ensure([spec])
+                    await flow.start()
+            except (Broken, TimeoutError) as error:
+                await flow.close()
+                raise self._unsent(command, Broken(str(error), "_MSG_TIMED_OUT")) from error
+            self._replies = flow
+
+    def _no_replies(self, error: Exception) -> None:
+        self._replies = None
+        self.notify("error", f"answers are not read any more: {error}")
+
+    async def _answered(self, record: Record) -> None:
+        id = next((v for k, v in record.pairs or () if k == "correlation_id"), None)
+        future = self._asked.get((id or b"").decode("utf-8", "replace"))
+        if future is not None and not future.done():
+            future.set_result(record)
+
+    def reply_envelope(self) -> type[Message[Any]]:
+        return KafkaMessage
+
+    # Dead letters
+
+    async def dead_letter(
+        self, spec: SubscriptionSpec, name: str | None, *, declare: bool = True
+    ) -> str:
+        assert isinstance(spec, KafkaSubscription)
+        address = name or f"{literal(spec)}.dlq"
+        if declare:
+            await self.client.make([Topic(address, config={"retention.ms": "-1"})])
+        return address
+
+    def letters(self, address: str) -> KafkaLetters:
+        return KafkaLetters(self, address)
+
+
+def literal(spec: KafkaSubscription) -> str:
+    """A topic's name made from what is subscribed to."""
+    text = spec.destination.split(",")[0]
+    if not spec.wild:
+        return text
+    text = re.sub(r"\\(.)", r"\1", text).replace("*", "any")
+    return re.sub(r"\.{2,}", ".", re.sub(r"[^a-zA-Z0-9._-]", "", text)).strip(".")
+
+
+def _expire(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

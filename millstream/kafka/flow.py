@@ -1,0 +1,375 @@
+"""How messages get from Kafka to the sink, and what the group is told of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..ack import Settlement
+from ..driver import CANCELLED, Capability, Sink
+from ..errors import SetupError
+from .client import Broken, Plan, Reader, Start
+from .message import Record
+from .offsets import Commit, Partition, Place
+
+if TYPE_CHECKING:
+    from .driver import KafkaDriver
+    from .options import KafkaSubscription
+
+log = logging.getLogger("millstream.kafka")
+
+#: Messages given to the sink in one go before other tasks get a turn.
+TURN = 128
+#: Messages that wait here before the reader reads no more, and before it reads again.
+FULL, ROOM = 3000, 1000
+#: Seconds between two commits, and for how long, of a partition whose last owner vanished: what
+#: kills a process is found sooner when less is done twice before it.
+CAREFUL, CAREFUL_FOR = 0.05, 30.0
+#: Seconds that a start waits for its place in the group.
+JOINED = 5.0
+#: Errors that no retry heals.
+_DENIED = ("TOPIC_AUTHORIZATION_FAILED", "GROUP_AUTHORIZATION_FAILED")
+_MISSING = ("UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "UNKNOWN_TOPIC_ID")
+
+
+class Flow:
+    """One subscription: what was read waits here, and is given to the sink one after another."""
+
+    def __init__(
+        self,
+        driver: KafkaDriver,
+        spec: KafkaSubscription,
+        sink: Sink,
+        lost: Callable[[Exception], None],
+        plan: Plan,
+    ) -> None:
+        self.driver, self.spec, self.sink, self.lost, self.plan = driver, spec, sink, lost, plan
+        self.settles = Capability.ACK in spec.capabilities
+        self.parts: dict[Place, Partition] = {}
+        #: What was read and not given to the sink.
+        self.buffer: deque[Record] = deque()
+        self.halted = False
+        self.reader: Reader = driver.client.reader(plan, self)
+        self._full = False
+        self._given: Record | None = None
+        self._wake: asyncio.Future[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        #: Records that come again later, each with its timer.
+        self._later: dict[int, tuple[Record, asyncio.TimerHandle]] = {}
+        self._freed = asyncio.Event()
+        self._dirty = False
+        self._careful_until = 0.0
+        #: Set when partitions came for the first time.
+        self._assigned = asyncio.Event()
+        self._told: set[str] = set()
+
+    async def start(self) -> None:
+        """Begin to read; a member of a group may have to wait for its partitions."""
+        self._spawn(self._pump())
+        if self.settles:
+            self._spawn(self._commit_now_and_then())
+        await self.reader.start()
+        # A member of a group that has to wait for the others is no reason not to start.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(JOINED):
+                await self._assigned.wait()
+
+    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._over)
+        return task
+
+    def _over(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.debug("on the side: %r", error)
+            if not self.halted:
+                self.lost(error if isinstance(error, Exception) else RuntimeError(str(error)))
+
+    # What the reader tells
+
+    def arrived(self, messages: list[Any]) -> None:
+        if self.halted:
+            return
+        self.buffer.extend(self.driver.client.records(messages, self.parts))
+        for part in self.parts.values():
+            if not self.settles:
+                part.open.clear()
+            elif len(part.open) >= self.spec.window and not part.paused:
+                part.paused = True
+                self.reader.halt(part.place, True)
+        if len(self.buffer) > FULL and not self._full:
+            self._full = True
+            self.reader.hold(True)
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def gained(self, starts: Sequence[Start]) -> None:
+        for start in starts:
+            place = Place(start.topic, start.partition)
+            part = self.parts[place] = Partition(place, start.offset, start.note)
+            if part.crashes:
+                self._careful_until = asyncio.get_running_loop().time() + CAREFUL_FOR
+        self._assigned.set()
+        if self.settles and not self.halted:
+            self._spawn(self.commit())
+        await self._call(("on_assign", "on_partitions_assigned"), starts)
+
+    async def losing(self, places: Sequence[Place], *, gone: bool) -> list[Commit]:
+        parts = [self.parts[p] for p in places if p in self.parts]
+        # What was read but not begun belongs to the next owner.
+        self.buffer = deque(r for r in self.buffer if r.part not in parts)
+        self._look_for_room()
+        if self.settles and not gone:
+            await self._call(("on_revoke", "on_partitions_revoked"), places)
+            await self._finish(parts)
+        commits = [part.commit(leaving=True) for part in parts]
+        for part in parts:
+            part.fenced = True
+            self.parts.pop(part.place, None)
+        for key, (record, timer) in list(self._later.items()):
+            if record.part is not None and record.part.fenced:
+                timer.cancel()
+                del self._later[key]
+        if gone:
+            await self._call(("on_lost",), places)
+            log.warning(
+                "%s: %d partitions went to another member without notice; what runs of them "
+                "will run there again",
+                self.spec.destination,
+                len(parts),
+            )
+        return commits if self.settles and not gone else []
+
+    async def _finish(self, parts: list[Partition]) -> None:
+        """Let what runs of some partitions end, within the time for that."""
+        if not any(part.running for part in parts):
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.spec.revoke_timeout_ms / 1000):
+                while any(part.running for part in parts) and not self.halted:
+                    self._freed.clear()
+                    await self._freed.wait()
+
+    async def _call(self, names: tuple[str, ...], places: Sequence[Any]) -> None:
+        """Call the user's own functions with the partitions."""
+        function = getattr(self.spec, names[0])
+        if function is None and self.spec.listener is not None:
+            function = getattr(self.spec.listener, names[-1], None)
+        if function is None:
+            return
+        from .options import TopicPartition
+
+        try:
+            result = function([TopicPartition(p[0], p[1]) for p in places])
+            if hasattr(result, "__await__"):
+                await result
+        except Exception:
+            log.exception("%s of %s failed", names[0], self.spec.destination)
+
+    def failed(self, error: Broken) -> None:
+        if self.halted:
+            return
+        if error.code in _DENIED:
+            self._lose(
+                SetupError(
+                    f"{self.spec.destination}: {error}",
+                    fix="grant the user to read the topic and the group (docs/kafka.md, Security)",
+                )
+            )
+        elif error.fatal:
+            self._lose(error)
+        elif error.code in _MISSING:
+            self._spawn(self._made_again())
+        elif error.code not in self._told:
+            self._told.add(error.code)
+            self.driver.notify("error", f"{self.spec.destination}: {error}")
+
+    def _lose(self, error: Exception) -> None:
+        self.halted = True
+        self.lost(error)
+
+    async def _made_again(self) -> None:
+        """A topic that was deleted is made again."""
+        made = await self.driver.ensure([self.spec])
+        if made:
+            log.warning("%s was gone and is made again", ", ".join(made))
+
+    # To the sink
+
+    async def _pump(self) -> None:
+        count, sink, settles = 0, self.sink, self.settles
+        loop = asyncio.get_running_loop()
+        while True:
+            buffer = self.buffer
+            if not buffer or self.halted:
+                self._wake = loop.create_future()
+                await self._wake
+                continue
+            record = buffer.popleft()
+            if self._full and len(buffer) < ROOM:
+                self._look_for_room()
+            part = record.part
+            if part is None or part.fenced or record.done:
+                continue
+            if record.pairs is not None and self._aside(record):
+                continue
+            if settles:
+                part.running += 1
+                record.given = self._dirty = True
+                if record.offset >= part.given:
+                    part.given = record.offset + 1
+            await sink(record)
+            count += 1
+            if count % TURN == 0:  # handlers that never wait must not stop all else
+                await asyncio.sleep(0)
+
+    def _look_for_room(self) -> None:
+        if self._full and len(self.buffer) < ROOM:
+            self._full = False
+            self.reader.hold(False)
+
+    def _aside(self, record: Record) -> bool:
+        """Whether a message of a retry topic is not due yet; it waits here then."""
+        return self.driver.retries.opened(record) and self._wait(record, record.due)
+
+    def _wait(self, record: Record, due: float) -> bool:
+        delay = due - self.driver.clock.wall()
+        if delay <= 0:
+            return False
+        self._call_later(record, delay)
+        return True
+
+    def _call_later(self, record: Record, delay: float) -> None:
+        timer = asyncio.get_running_loop().call_later(delay, self._again, record)
+        self._later[id(record)] = record, timer
+
+    def _again(self, record: Record) -> None:
+        self._later.pop(id(record), None)
+        if record.part is not None and not record.part.fenced and not self.halted:
+            self.buffer.appendleft(record)
+            self._wake_up()
+
+    # Settling
+
+    async def settle(
+        self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
+    ) -> None:
+        part: Partition | None = raw.part
+        if part is None or raw.done or not self.settles:
+            return
+        if how is Settlement.NACK:
+            attempt = options.get("attempt")
+            if attempt is not None and not part.fenced:
+                await self.driver.retries.put(self.spec, raw, attempt, delay or 0.0)
+            else:
+                self._back(raw, part, delay or 0.0, bool(options.get("unbegun")))
+                return
+        part.running -= 1
+        part.finish(raw)
+        self._dirty = True
+        if part.paused and len(part.open) < self.spec.window // 2:
+            part.paused = False
+            if not part.fenced:
+                self.reader.halt(part.place, False)
+        if not self._freed.is_set():
+            self._freed.set()
+
+    def _back(self, raw: Record, part: Partition, delay: float, unbegun: bool) -> None:
+        """A message that failed: again after a while, here or wherever its partition is then."""
+        part.running -= 1
+        self._freed.set()
+        raw.given = False
+        if not unbegun:
+            raw.count, raw.tries = max(raw.count, raw.tries) + 1, 0
+            raw.unusual = True
+        if self.halted or part.fenced:
+            return
+        if delay > 0:
+            self._call_later(raw, delay)
+        else:
+            self._again(raw)
+
+    async def touch(self, raw: Any, /) -> None:
+        """No deadline to push back: the reader stays in the group by itself."""
+
+    async def begun(self, raw: Any, /) -> bool:
+        part: Partition | None = raw.part
+        if part is None:
+            return True
+        if raw.offset in part.begun:
+            return True
+        part.begun.add(raw.offset)
+        await self.reader.commit([part.commit()])
+        return False
+
+    # Committing
+
+    async def _commit_now_and_then(self) -> None:
+        loop, interval = asyncio.get_running_loop(), self.spec.auto_commit_interval_ms / 1000
+        while True:
+            careful = loop.time() < self._careful_until
+            await asyncio.sleep(min(CAREFUL, interval) if careful else interval)
+            if self._dirty:
+                await self.commit()
+
+    async def commit(self) -> None:
+        """Tell the group what is done."""
+        self._dirty = False
+        commits: list[Commit] = []
+        parts: list[Partition] = []
+        for part in self.parts.values():
+            commit = part.commit()
+            if commit != part.committed:
+                commits.append(commit)
+                parts.append(part)
+        if not commits:
+            return
+        try:
+            await self.reader.commit(commits)
+        except Broken as error:
+            log.debug("%s: not committed: %s", self.spec.destination, error)
+            self._dirty = True
+            if error.code in _DENIED:
+                self.failed(error)
+            return
+        for part, commit in zip(parts, commits, strict=True):
+            part.committed = commit
+
+    # Life
+
+    async def pause(self) -> int:
+        self.halted = True
+        self.reader.hold(True)
+        waiting = len(self.buffer) + len(self._later) if self.settles else 0
+        self.buffer.clear()
+        for _, timer in self._later.values():
+            timer.cancel()
+        self._later.clear()
+        return waiting
+
+    async def close(self) -> None:
+        await self.pause()
+        self.driver.flows.discard(self)
+        await self.reader.close()
+        tasks = [t for t in self._tasks if t is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CANCELLED)
+
+    async def lag(self) -> int | None:
+        if not self.settles:
+            return None
+        places = list(self.parts)
+        ends = await self.reader.ends(places)
+        done = {place: part.committable for place, part in self.parts.items()}
+        return sum(max(ends[p] - done.get(p, ends[p]), 0) for p in places if p in ends)

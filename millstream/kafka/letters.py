@@ -1,0 +1,101 @@
+"""Dead letters in a topic.
+
+A log keeps what it has, so a letter is removed by a mark: a record in ``{topic}.removed`` that
+names its partition and offset. What lies before the oldest letter that is not removed is deleted
+from the log for good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from ..errors import NoLetters, NoResponders
+from ..letters import Letter
+from ..message import Link
+from .client import Broken
+from .message import KafkaMessage, Record
+from .offsets import Place
+from .options import KafkaPublish, Topic
+
+if TYPE_CHECKING:
+    from .driver import KafkaDriver
+
+
+class KafkaLetters:
+    """The dead letters of one topic; a letter's id is ``partition-offset``."""
+
+    def __init__(self, driver: KafkaDriver, topic: str) -> None:
+        self.driver, self.topic = driver, topic
+        self.marks = f"{topic}.removed"
+        self._link = Link(driver, None)
+
+    async def _removed(self) -> set[str]:
+        client = self.driver.client
+        if not await client.layout([self.marks]):
+            return set()
+        return {(record.key or b"").decode() async for record in client.scan(self.marks, {})}
+
+    async def _places(self) -> list[Place]:
+        found = (await self.driver.client.layout([self.topic])).get(self.topic)
+        if found is None:
+            raise NoLetters(f"there is no topic {self.topic!r}")
+        return [Place(self.topic, number) for number in found]
+
+    async def read(
+        self, limit: int | None = None, after: str | None = None
+    ) -> AsyncIterator[Letter]:
+        await self._places()
+        removed, seen = await self._removed(), 0
+        begin: tuple[int, int] | None = None
+        if after is not None:
+            partition, _, offset = after.partition("-")
+            begin = int(partition), int(offset) + 1
+        client = self.driver.client
+        starts = {Place(self.topic, begin[0]): begin[1]} if begin is not None else {}
+        async for record in client.scan(self.topic, starts):
+            if limit is not None and seen >= limit:
+                return
+            id = f"{record.partition}-{record.offset}"
+            if id in removed or (begin is not None and record.partition < begin[0]):
+                continue
+            seen += 1
+            message = KafkaMessage(record, self._link)
+            stored = message.timestamp
+            assert stored is not None
+            yield Letter(id, message, stored)
+
+    async def count(self) -> int:
+        count = 0
+        async for _ in self.read():
+            count += 1
+        return count
+
+    async def remove(self, id: str) -> bool:
+        partition, _, offset = id.partition("-")
+        if not (partition.isdecimal() and offset.isdecimal()):
+            return False
+        known = {letter.id async for letter in self.read()}
+        if id not in known:
+            return False
+        client = self.driver.client
+        await client.make([Topic(self.marks, 1, config={"cleanup.policy": "compact"})])
+        await self.driver.publish(KafkaPublish(b"", self.marks, id), b"{}", None)
+        known.discard(id)
+        left = [int(i.partition("-")[2]) for i in known if i.startswith(f"{partition}-")]
+        ends = await client.ends([Place(self.topic, int(partition))])
+        before = min(left, default=ends[Place(self.topic, int(partition))])
+        with contextlib.suppress(Broken):  # it is marked all the same
+            await client.cut(Place(self.topic, int(partition)), before)
+        return True
+
+    async def resend(self, letter: Letter, headers: dict[str, str]) -> None:
+        record: Record = letter.message.raw
+        if not await self.driver.client.layout([letter.origin]):
+            raise NoResponders(f"there is no topic {letter.origin!r}")
+        command = KafkaPublish(letter.message.body, letter.origin, record.key)
+        receipt = await self.driver.publish(command, letter.message.body, headers)
+        if isinstance(receipt, asyncio.Future):
+            await receipt

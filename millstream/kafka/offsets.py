@@ -1,0 +1,205 @@
+"""What is done of a partition: which offset may be committed, and the notes that go with it.
+
+A group's committed offset says that everything before it is done. Handlers finish in any order,
+so only the highest offset without a gap before it is ever committed. A commit carries a text of
+up to 4 KiB; in it stands what the offset cannot say, so that the next owner of the partition knows
+it: what is done beyond the gap, how often a message was tried, which last attempt was begun, and
+whether the owner let go of the partition in order or vanished.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import msgspec
+
+from .message import Record
+
+#: Offsets that count as possibly begun when a process vanished, beyond what its notes say.
+SUSPECTS = 500
+#: Characters of a note; brokers take 4096 (offset.metadata.max.bytes).
+_LARGEST = 3800
+
+
+class Note(msgspec.Struct, omit_defaults=True):
+    """What a commit says besides its offset; offsets are counted from the committed one.
+
+    Fields:
+        c: how many owners in a row vanished without moving on from here.
+        h: the end of what may have been begun; 0 if the owner let go in order.
+        d: what is done, as pairs of first and behind-last.
+        t: the attempt that a message is at.
+        b: messages whose last attempt was begun.
+    """
+
+    c: int = 0
+    h: int = 0
+    d: list[tuple[int, int]] = msgspec.field(default_factory=list)
+    t: dict[int, int] = msgspec.field(default_factory=dict)
+    b: list[int] = msgspec.field(default_factory=list)
+
+
+_encode, _decoder = msgspec.json.encode, msgspec.json.Decoder(Note)
+
+
+def _read(text: str | None) -> Note:
+    """The note in a commit; none where somebody else wrote it."""
+    if text and text.startswith("{"):
+        try:
+            return _decoder.decode(text)
+        except msgspec.MsgspecError:
+            pass
+    return Note()
+
+
+class Place(NamedTuple):
+    """Where something stands in a topic."""
+
+    topic: str
+    partition: int
+
+
+class Commit(NamedTuple):
+    """What a group is told of one partition."""
+
+    topic: str
+    partition: int
+    offset: int
+    note: str
+
+
+class Partition:
+    """One partition while this process owns it.
+
+    Args:
+        place: which one.
+        start: the offset of the first message to come.
+        note: what the last owner's commit says; None where nothing is settled.
+    """
+
+    __slots__ = (
+        "begun",
+        "committable",
+        "committed",
+        "crashes",
+        "done",
+        "fenced",
+        "given",
+        "next",
+        "open",
+        "paused",
+        "place",
+        "plain",
+        "running",
+        "suspects",
+        "tries",
+    )
+
+    def __init__(self, place: Place, start: int, note: str | None) -> None:
+        known = _read(note)
+        self.place = place
+        #: Messages in their order, from the oldest that is not done.
+        self.open: deque[Record] = deque()
+        #: The offset before which everything is done, and what was last committed.
+        self.committable = start
+        self.committed: Commit | None = None
+        #: The offset behind the last message that was read, or given to a handler.
+        self.next = self.given = start
+        #: Messages that a handler has, or that wait for one.
+        self.running = 0
+        #: It belongs to another process, or will in a moment.
+        self.fenced = False
+        #: Nothing more is read for now.
+        self.paused = False
+        self.crashes = known.c + 1 if known.h else 0
+        #: Before this offset messages may have been begun by an owner that vanished.
+        self.suspects = start + max(known.h, SUSPECTS) if self.crashes else 0
+        self.done = [(start + first, start + end) for first, end in known.d]
+        self.tries = {start + offset: count for offset, count in known.t.items()}
+        self.begun = {start + offset for offset in known.b}
+        #: Nothing is known of messages to come.
+        self.plain = not (self.suspects or self.done or self.tries)
+
+    def admit(self, record: Record) -> bool:
+        """Take account of a message that was read; whether a handler is to have it."""
+        offset = record.offset
+        if offset < self.next:
+            return False  # known already
+        self.next = offset + 1
+        while self.done and offset >= self.done[0][1]:
+            del self.done[0]
+        if self.done and offset >= self.done[0][0]:
+            if self.open:
+                record.done = True
+                self.open.append(record)
+            else:
+                self.committable = offset + 1
+            return False
+        if offset < self.suspects:
+            record.count += self.crashes
+        if offset in self.tries:
+            record.count += self.tries.pop(offset) - 1
+        if record.count > 1:
+            record.unusual = True
+        self.plain = offset >= self.suspects and not (self.done or self.tries)
+        self.open.append(record)
+        return True
+
+    def finish(self, record: Record) -> None:
+        """A message is done."""
+        record.done = True
+        waiting = self.open
+        if waiting and waiting[0] is record:
+            last = record
+            while waiting and waiting[0].done:
+                last = waiting.popleft()
+            self.committable = last.offset + 1
+            if self.crashes and self.committable >= self.suspects:
+                self.crashes = 0
+
+    def commit(self, *, leaving: bool = False) -> Commit:
+        """What the group is to be told now; ``leaving`` lets go of the partition in order."""
+        base = self.committable
+        note = Note()
+        if not leaving:
+            note.c = self.crashes
+            note.h = max(self.given + SUSPECTS - base, 0) or 1
+        first = -1
+        for record in self.open:
+            if record.done:
+                if first < 0:
+                    first = record.offset
+                continue
+            if first >= 0:
+                note.d.append((first - base, record.offset - base))
+                first = -1
+            attempt = max(record.count, record.tries)
+            if leaving:
+                attempt += record.given
+            else:
+                attempt -= self._vanished(record)
+            note.t[record.offset - base] = attempt
+        if first >= 0:
+            note.d.append((first - base, self.open[-1].offset + 1 - base))
+        for offset, attempt in self.tries.items():
+            if offset >= self.next:
+                note.t[offset - base] = attempt
+        note.d += [(a - base, b - base) for a, b in self.done if a >= self.next]
+        note.t = {offset: count for offset, count in note.t.items() if count > 1}
+        self.begun = {offset for offset in self.begun if offset >= base}
+        note.b = sorted(offset - base for offset in self.begun)
+        text = _encode(note).decode()
+        while len(text) > _LARGEST:  # what is forgotten is done, or tried, once more
+            if len(note.d) > 1:
+                del note.d[len(note.d) // 2 :]
+            elif len(note.t) > 1:
+                note.t = dict(list(note.t.items())[: len(note.t) // 2])
+            else:
+                del note.b[len(note.b) // 2 :]
+            text = _encode(note).decode()
+        return Commit(*self.place, base, "" if text == "{}" else text)
+
+    def _vanished(self, record: Record) -> int:
+        """What the next owner adds by itself, if this one vanishes."""
+        return self.crashes if record.offset < self.suspects else 0

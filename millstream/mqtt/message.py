@@ -1,0 +1,105 @@
+"""The message of MQTT as handlers see it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ..message import Link, Message
+from .wire import Incoming
+
+#: Headers that have a property of their own; correlation data may be any bytes, and come back
+#: as they came.
+CONTENT_TYPE, CORRELATION, REPLY = "content-type", "correlation_id", "reply_to"
+
+
+class MqttMessage(Message[Incoming]):
+    """A message of MQTT; ``raw`` is an :class:`Incoming`.
+
+    Its headers are the user properties, together with ``content-type``, ``correlation_id`` and
+    ``reply_to`` of the properties that are theirs. MQTT 3.1.1 has none.
+    """
+
+    __slots__ = ("_headers",)
+    marked: ClassVar[Any] = property(operator.attrgetter("raw.marked"))
+
+    def __init__(self, raw: Incoming, link: Link) -> None:
+        # Written out: it is made for each message.
+        self.raw = raw
+        self.link = link
+        self.settled = None
+        self._correlation_id = None
+
+    @property
+    def body(self) -> bytes:
+        return self.raw.payload
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        if not self.raw.props:
+            return _NONE
+        try:
+            return self._headers
+        except AttributeError:
+            self._headers: dict[str, str] = headers_of(self.raw.properties)
+            return self._headers
+
+    @property
+    def destination(self) -> str:
+        return self.raw.topic
+
+    @property
+    def delivery_count(self) -> int:
+        return self.raw.count
+
+    @property
+    def qos(self) -> int:
+        """The quality of service it arrived with."""
+        return self.raw.qos
+
+    @property
+    def retain(self) -> bool:
+        """Whether the server had kept it for those that subscribe later."""
+        return self.raw.retain
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        """The properties of MQTT 5, such as ``message_expiry_interval``."""
+        return self.raw.properties
+
+
+_NONE: Mapping[str, str] = {}
+
+
+def headers_of(properties: Mapping[str, Any]) -> dict[str, str]:
+    """The headers that properties carry."""
+    headers = dict(properties.get("user_property", ()))
+    if "content_type" in properties:
+        headers[CONTENT_TYPE] = properties["content_type"]
+    if "correlation_data" in properties:
+        headers[CORRELATION] = properties["correlation_data"].decode("utf-8", "surrogateescape")
+    if "response_topic" in properties:
+        headers[REPLY] = properties["response_topic"]
+    return headers
+
+
+def properties_of(
+    headers: Mapping[str, str] | None, reply_to: str = "", expiry: float | None = None
+) -> dict[str, Any]:
+    """The properties that carry headers."""
+    found: dict[str, Any] = {}
+    if headers:
+        pairs = dict(headers)
+        found["content_type"] = pairs.pop(CONTENT_TYPE, None)
+        correlation = pairs.pop(CORRELATION, None)
+        reply_to = reply_to or pairs.pop(REPLY, "")
+        pairs.pop(REPLY, None)
+        found["user_property"] = list(pairs.items())
+        if correlation is not None:
+            found["correlation_data"] = correlation.encode("utf-8", "surrogateescape")
+    if reply_to:
+        found["response_topic"] = reply_to
+    if expiry is not None:
+        found["message_expiry_interval"] = max(int(expiry), 1)
+    return found

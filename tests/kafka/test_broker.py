@@ -1,0 +1,444 @@
+"""What only Kafka has: offsets, partitions, keys, groups and their rebalancing, retry topics."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, Producer
+
+from millstream import Batch, Response, Retry
+from millstream.errors import MessageTooLarge, SetupErrors
+from millstream.kafka import (
+    KafkaBroker,
+    KafkaMessage,
+    KafkaPublishMessage,
+    KafkaResponse,
+    Topic,
+    TopicPartition,
+    by_partition,
+)
+from tests.helpers import eventually, eventually_sync, unique
+
+
+def make(kafka: Any, **options: Any) -> KafkaBroker:
+    return KafkaBroker(kafka.url, **{"metadata_max_age_ms": 300, **options})
+
+
+async def committed(broker: KafkaBroker, group: str, topic: str) -> int:
+    """The sum of a group's committed offsets, asked by the raw client."""
+
+    def ask() -> int:
+        consumer = Consumer({"bootstrap.servers": broker.driver.describe(), "group.id": group})
+        try:
+            import confluent_kafka as raw
+
+            numbers = consumer.list_topics(timeout=5).topics[topic].partitions
+            asked = [raw.TopicPartition(topic, n) for n in numbers]
+            return sum(max(p.offset, 0) for p in consumer.committed(asked, timeout=5))
+        finally:
+            consumer.close()
+
+    return await asyncio.to_thread(ask)
+
+
+async def test_publishing_tells_where_a_message_is(kafka: Any) -> None:
+    topic = unique()
+    broker = make(kafka)
+    got: list[KafkaMessage] = []
+
+    @broker.subscriber(Topic(topic, 3), group_id=topic)
+    async def handler(body: Any, message: KafkaMessage) -> None:
+        got.append(message)
+
+    await broker.start()
+    try:
+        receipt = await broker.publish(
+            {"n": 1}, topic, key="k", partition=2, timestamp_ms=1_700_000_000_000
+        )
+        assert (receipt.topic, receipt.partition, receipt.offset) == (topic, 2, 0)
+        await broker.publish(None, topic, key=b"k", partition=2)
+        future = await broker.publish("last", topic, partition=2, no_confirm=True)
+        assert (await future).offset == 2
+        await eventually(lambda: len(got) == 3)
+        first, tombstone, _ = got
+        assert (first.key, first.partition, first.offset) == (b"k", 2, 0)
+        assert first.timestamp is not None and first.timestamp.timestamp() == 1_700_000_000
+        assert tombstone.is_tombstone and tombstone.body == b""
+        assert first.raw_message.offset() == 0
+        with pytest.raises(MessageTooLarge):
+            await broker.publish(b"x" * 2_000_000, topic)
+    finally:
+        await broker.stop()
+
+
+async def test_a_batch_has_a_result_per_message(kafka: Any) -> None:
+    topic = unique()
+    broker = make(kafka)
+    got: list[list[Any]] = []
+
+    @broker.subscriber(topic, group_id=topic, batch=Batch(3, 5.0))
+    async def handler(bodies: list[Any]) -> None:
+        got.append(bodies)
+
+    await broker.start()
+    try:
+        receipts = await broker.publish_batch(
+            1, KafkaPublishMessage(2, key="two", headers={"h": "x"}), 3, topic=topic
+        )
+        assert [r.offset for r in receipts] == [0, 1, 2]
+        await eventually(lambda: got)
+        assert got == [[1, 2, 3]]
+        with pytest.raises(ExceptionGroup, match="1 of 2"):
+            await broker.publish_batch("a", b"x" * 2_000_000, topic=topic)
+    finally:
+        await broker.stop()
+
+
+async def test_only_what_is_done_without_a_gap_is_committed(kafka: Any) -> None:
+    topic = unique()
+    broker = make(kafka)
+    gate, done = asyncio.Event(), []
+
+    @broker.subscriber(topic, group_id=topic, concurrency=8, auto_commit_interval_ms=50)
+    async def handler(body: int) -> None:
+        if body == 3:
+            await gate.wait()
+        done.append(body)
+
+    await broker.start()
+    await broker.publish_batch(*range(10), topic=topic)
+    await eventually(lambda: len(done) == 9)
+    await eventually(lambda: committed(broker, topic, topic))
+    assert await committed(broker, topic, topic) == 3
+    broker.graceful_timeout = 0.1
+    await broker.stop()
+    assert await committed(broker, topic, topic) == 3
+
+    again = make(kafka)
+    seen: list[tuple[int, int]] = []
+
+    @again.subscriber(topic, group_id=topic)
+    async def handler_again(body: int, message: KafkaMessage) -> None:
+        seen.append((body, message.delivery_count))
+
+    await again.start()
+    await again.publish(10, topic)
+    await eventually(lambda: len(seen) == 2)
+    await again.stop()
+    # What is done beyond the gap was noted with the commit, and so was the cut attempt.
+    assert seen == [(3, 2), (10, 1)]
+    assert await committed(again, topic, topic) == 11
+
+
+async def test_order_per_key_and_per_partition(kafka: Any) -> None:
+    topic, other = unique(), unique()
+    broker = make(kafka)
+    keys: dict[bytes, list[int]] = {}
+    parts: dict[int, list[int]] = {}
+
+    @broker.subscriber(Topic(topic, 4), group_id=topic, concurrency=32)
+    async def by_its_key(body: int, message: KafkaMessage) -> None:
+        await asyncio.sleep(0.001 * (body % 3))
+        keys.setdefault(message.key or b"", []).append(body)
+
+    @broker.subscriber(Topic(other, 4), group_id=other, concurrency=8, ordered_by=by_partition)
+    async def by_its_partition(body: int, message: KafkaMessage) -> None:
+        await asyncio.sleep(0.001 * (body % 3))
+        parts.setdefault(message.partition, []).append(message.offset)
+
+    await broker.start()
+    try:
+        for i in range(200):
+            await broker.publish(i, topic, key=f"k{i % 10}")
+            await broker.publish(i, other, key=f"k{i % 10}")
+        await eventually(lambda: sum(map(len, keys.values())) == 200)
+        await eventually(lambda: sum(map(len, parts.values())) == 200)
+        assert all(bodies == sorted(bodies) for bodies in keys.values())
+        assert all(offsets == sorted(offsets) for offsets in parts.values())
+    finally:
+        await broker.stop()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"partition_assignment_strategy": "range"},
+        {"partition_assignment_strategy": "cooperative-sticky"},
+        {"group_protocol": "consumer"},
+    ],
+    ids=["eager", "cooperative", "kip-848"],
+)
+async def test_members_come_and_go_and_nothing_is_lost(kafka: Any, options: Any) -> None:
+    topic = unique()
+    if "group_protocol" not in options:
+        options = {**options, "heartbeat_interval_ms": 100}
+    handled: Counter[int] = Counter()
+
+    def member() -> KafkaBroker:
+        broker = make(kafka)
+
+        @broker.subscriber(Topic(topic, 4), group_id=topic, concurrency=4, **options)
+        async def handler(body: int) -> None:
+            await asyncio.sleep(0.002)
+            handled[body] += 1
+
+        return broker
+
+    first = member()
+    await first.start()
+    sending = asyncio.create_task(_send(first, topic, 600))
+    for _ in range(3):
+        second = member()
+        await second.start()
+        await asyncio.sleep(0.3)
+        await second.stop()
+    await sending
+    await eventually(lambda: len(handled) == 600, 20)
+    await first.stop()
+    # Members let go of partitions in order: what runs is finished first.
+    assert set(handled.values()) == {1}
+    assert await committed(first, topic, topic) == 600
+
+
+async def _send(broker: KafkaBroker, topic: str, count: int) -> None:
+    for i in range(count):
+        await broker.publish(i, topic, key=str(i))
+        await asyncio.sleep(0.002)
+
+
+async def test_work_that_outlasts_its_partition_is_fenced(kafka: Any) -> None:
+    topic = unique()
+    gate, got = asyncio.Event(), []
+    first, second = make(kafka), make(kafka)
+    common: dict[str, Any] = {
+        "group_id": topic,
+        "partition_assignment_strategy": "range",
+        "heartbeat_interval_ms": 100,
+        "revoke_timeout_ms": 200,
+        "auto_commit_interval_ms": 50,
+    }
+
+    @first.subscriber(topic, **common)
+    async def slow(body: int) -> None:
+        got.append("first")
+        await gate.wait()
+
+    @second.subscriber(topic, **common)
+    async def quick(body: int, message: KafkaMessage) -> None:
+        got.append(f"second, delivery {message.delivery_count}")
+        await asyncio.sleep(30)
+
+    await first.start()
+    await first.publish(1, topic)
+    await eventually(lambda: got)
+    lost = first.driver
+    # The second takes all: the first leaves the group while its handler still runs.
+    [flow] = lost.flows
+    part = next(iter(flow.parts.values()))
+    starting = asyncio.create_task(second.start())
+    await flow.losing([part.place], gone=True)
+    gate.set()
+    await eventually(lambda: first.subscriptions[0].handled == 1)
+    await starting
+    assert part.fenced
+    assert await committed(first, topic, topic) == 0
+    first.graceful_timeout = second.graceful_timeout = 0.1
+    await first.stop()
+    await eventually(lambda: len(got) == 2, 10)
+    await second.stop()
+    assert got[1] in ("second, delivery 2", "second, delivery 1")
+
+
+def test_a_killed_process_loses_nothing_and_repeats_little(kafka: Any, tmp_path: Path) -> None:
+    topic, notes = unique(), tmp_path / "notes"
+    producer = Producer({"bootstrap.servers": kafka.url})
+    worker = _work(kafka, topic, notes, 16)
+    eventually_sync(lambda: _exists(producer, topic))
+    for i in range(400):
+        producer.produce(topic, f"{i}", key=f"k{i % 40}")
+    producer.flush(10)
+    eventually_sync(lambda: len(_lines(notes)) > 150, 20)
+    worker.kill()
+    worker.wait()
+    worker = _work(kafka, topic, notes, 16)
+    eventually_sync(lambda: len({line[0] for line in _lines(notes)}) == 400, 20)
+    worker.terminate()
+    assert worker.wait(10) == 0
+    counts = Counter(body for body, _, _ in _lines(notes))
+    assert sum(counts.values()) - 400 < 350  # at most what was done since the last commit
+    for key in {key for _, key, _ in _lines(notes)}:
+        firsts = list(dict.fromkeys(int(body) for body, k, _ in _lines(notes) if k == key))
+        assert firsts == sorted(firsts)
+
+
+def test_what_kills_its_process_is_buried(kafka: Any, tmp_path: Path) -> None:
+    topic, notes = unique(), tmp_path / "notes"
+    producer = Producer({"bootstrap.servers": kafka.url})
+    worker = _work(kafka, topic, notes, 1)
+    eventually_sync(lambda: _exists(producer, topic))
+    for body in ("before", "killer", "after"):
+        producer.produce(topic, body, key="k")
+    producer.flush(10)
+    deaths = 0
+    for _ in range(8):
+        try:
+            worker.wait(8)
+        except subprocess.TimeoutExpired:
+            break
+        deaths += 1
+        worker = _work(kafka, topic, notes, 1)
+    eventually_sync(lambda: any(body == "after" for body, _, _ in _lines(notes)), 10)
+    worker.terminate()
+    assert worker.wait(10) == 0
+    assert deaths == 3  # as many attempts as the retry allows
+    assert [int(count) for body, _, count in _lines(notes) if body == "killer"] == [1, 2, 3]
+
+
+def _work(kafka: Any, topic: str, notes: Path, lanes: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tests.kafka.worker", kafka.url, topic, str(notes), str(lanes)]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+
+def _lines(path: Path) -> list[tuple[str, str, str]]:
+    if not path.exists():
+        return []
+    return [tuple(line.split(" ")) for line in path.read_text().splitlines()]  # type: ignore[misc]
+
+
+def _exists(producer: Producer, topic: str) -> bool:
+    return topic in producer.list_topics(timeout=5).topics
+
+
+async def test_retry_topics_let_the_others_go_on(kafka: Any) -> None:
+    topic = unique()
+    broker = make(kafka)
+    got: list[tuple[str, int, bytes | None, str]] = []
+
+    @broker.subscriber(topic, group_id=topic, retry=Retry(attempts=3, delay=0.2, where="topic"))
+    async def handler(body: str, message: KafkaMessage) -> None:
+        got.append((body, message.attempt, message.key, message.destination))
+        if body == "bad":
+            raise ValueError(body)
+
+    await broker.start()
+    try:
+        await broker.publish("bad", topic, key="k")
+        await broker.publish("good", topic)
+        letters = broker.driver.letters(f"{topic}.dlq")
+        await eventually(lambda: len(got) == 4)
+        assert [(body, attempt) for body, attempt, _, _ in got] == [
+            ("bad", 1),
+            ("good", 1),
+            ("bad", 2),
+            ("bad", 3),
+        ]
+        assert {key for body, _, key, _ in got if body == "bad"} == {b"k"}
+        assert {destination for *_, destination in got} == {topic}
+        await eventually(lambda: broker.subscriptions[0].failing.dead_lettered)
+        [letter] = [letter async for letter in letters.read()]
+        assert letter.attempts == 3 and letter.message.key == b"k"
+        assert await letters.remove(letter.id)
+        assert await letters.count() == 0
+    finally:
+        await broker.stop()
+
+
+async def test_patterns_manual_assignment_and_get_one(kafka: Any) -> None:
+    prefix = unique()
+    broker = make(kafka)
+    got: list[tuple[str, str]] = []
+    own: list[int] = []
+
+    @broker.subscriber(pattern=rf"{prefix}\.{{region}}\.\d+", group_id=prefix)
+    async def handler(body: str, region: str) -> None:
+        got.append((body, region))
+
+    @broker.subscriber(partitions=[TopicPartition(f"{prefix}.hand", 1, -2)])
+    async def by_hand(body: int) -> None:
+        own.append(body)
+
+    reader = broker.subscriber(f"{prefix}.one", group_id=f"{prefix}-one", persistent=False)
+    await broker.connect()
+    await broker.driver.client.make([Topic(f"{prefix}.hand", 2)])
+    await broker.publish(1, f"{prefix}.hand", partition=1)
+    await broker.publish(2, f"{prefix}.hand", partition=0)
+    await broker.start()
+    try:
+        await broker.publish("a", f"{prefix}.eu.7")
+        await broker.publish("no", f"{prefix}.eu.x")
+        await eventually(lambda: got and own, 10)
+        assert got == [("a", "eu")] and own == [1]
+        await broker.publish("only", f"{prefix}.one")
+        message = await reader.get_one(timeout=5)
+        assert message is not None and await message.decode() == "only"
+    finally:
+        await broker.stop()
+
+
+async def test_several_topics_and_results_with_keys(kafka: Any) -> None:
+    first, second, out = unique(), unique(), unique()
+    broker = make(kafka)
+    got: list[tuple[Any, bytes | None]] = []
+
+    @broker.subscriber(first, second, group_id=first)
+    @broker.publisher(out)
+    async def handler(body: int) -> Response:
+        return KafkaResponse(body * 2, key=f"k{body}")
+
+    @broker.subscriber(out, group_id=out)
+    async def result(body: int, message: KafkaMessage) -> None:
+        got.append((body, message.key))
+
+    await broker.start()
+    try:
+        await broker.publish(1, first)
+        await broker.publish(2, second)
+        await eventually(lambda: len(got) == 2)
+        assert sorted(got) == [(2, b"k1"), (4, b"k2")]
+    finally:
+        await broker.stop()
+
+
+def test_what_is_wrong_is_said_at_once(kafka: Any) -> None:
+    broker = make(kafka)
+
+    @broker.subscriber("a", pattern="b")
+    async def both(body: int) -> None: ...
+
+    @broker.subscriber("no such name!", group_id="g")
+    async def name(body: int) -> None: ...
+
+    @broker.subscriber("a", auto_offset_reset="never")
+    async def reset(body: int) -> None: ...
+
+    with pytest.raises(SetupErrors) as caught:
+        broker.compile()
+    assert len(caught.value.errors) == 3
+
+
+async def test_the_server_comes_back(kafka_server: Any) -> None:
+    topic = unique()
+    broker = make(kafka_server)
+    got: list[int] = []
+
+    @broker.subscriber(topic, group_id=topic, session_timeout_ms=3000)
+    async def handler(body: int) -> None:
+        got.append(body)
+
+    await broker.start()
+    try:
+        await broker.publish(1, topic)
+        await eventually(lambda: got == [1])
+        kafka_server.kill()
+        sending = asyncio.create_task(broker.publish(2, topic, timeout=20))
+        await asyncio.to_thread(kafka_server.start)
+        await sending
+        await eventually(lambda: got[-1] == 2, 20)
+    finally:
+        await broker.stop()

@@ -1,0 +1,243 @@
+"""Apache Kafka as one process that is broker and controller (KRaft).
+
+Its jars come from Maven Central, once, into the user's cache folder; a class archive beside them
+lets it start in two seconds instead of six.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.servers.base import Server, free_port, missing
+
+VERSION = "4.1.2"
+_POM = """<project><modelVersion>4.0.0</modelVersion>
+ <groupId>millstream</groupId><artifactId>kafka-for-tests</artifactId><version>1</version>
+ <dependencies>
+  <dependency><groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId>
+   <version>{version}</version></dependency>
+  <dependency><groupId>org.slf4j</groupId><artifactId>slf4j-simple</artifactId>
+   <version>1.7.36</version></dependency>
+ </dependencies></project>
+"""
+_SETTINGS: dict[str, str] = {
+    "process.roles": "broker,controller",
+    "controller.listener.names": "CONTROLLER",
+    "inter.broker.listener.name": "PLAINTEXT",
+    "num.partitions": "1",
+    "default.replication.factor": "1",
+    "offsets.topic.replication.factor": "1",
+    "offsets.topic.num.partitions": "2",
+    "transaction.state.log.replication.factor": "1",
+    "transaction.state.log.min.isr": "1",
+    "transaction.state.log.num.partitions": "2",
+    "share.coordinator.state.topic.replication.factor": "1",
+    "share.coordinator.state.topic.min.isr": "1",
+    "group.initial.rebalance.delay.ms": "0",
+    "group.min.session.timeout.ms": "1000",
+    "group.consumer.min.session.timeout.ms": "1000",
+    "group.consumer.session.timeout.ms": "6000",
+    "group.consumer.min.heartbeat.interval.ms": "200",
+    "group.consumer.heartbeat.interval.ms": "500",
+    "group.consumer.regex.refresh.interval.ms": "10000",
+    "num.network.threads": "1",
+    "num.io.threads": "2",
+    "log.cleaner.enable": "false",
+    "file.delete.delay.ms": "1000",
+    "controller.quorum.append.linger.ms": "5",
+    "controlled.shutdown.enable": "false",
+    # A node that was killed may come back as soon as its last session is over.
+    "broker.heartbeat.interval.ms": "250",
+    "broker.session.timeout.ms": "1000",
+}
+_JVM = (
+    "-Xms96m",
+    "-Xmx384m",
+    "-XX:TieredStopAtLevel=1",
+    "-XX:+UseSerialGC",
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+)
+
+
+def cache_folder() -> Path:
+    """Where the jars are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "millstream-tests" / f"kafka-{VERSION}"
+
+
+def java_binary() -> str | None:
+    """The java on PATH."""
+    return shutil.which("java")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time fills the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def need_kafka() -> Path:
+    """The folder with everything that a start needs, fetched and made on first use.
+
+    Skips the test where there is no Java, or no jars and no Maven to fetch them.
+    """
+    java = java_binary()
+    if java is None:
+        missing("no java on PATH, which Kafka runs on")
+    folder = cache_folder()
+    if (folder / "ready").exists():
+        return folder
+    with _locked(folder):
+        if (folder / "ready").exists():
+            return folder
+        if not (folder / "libs").exists():
+            _fetch(folder)
+        _prepare(folder)
+        (folder / "ready").touch()
+    return folder
+
+
+def _fetch(folder: Path) -> None:
+    maven = shutil.which("mvn")
+    if maven is None:
+        missing(f"no Kafka jars in {folder / 'libs'}, and no mvn on PATH to fetch them")
+    (folder / "pom.xml").write_text(_POM.format(version=VERSION))
+    shutil.rmtree(folder / "fetched", ignore_errors=True)
+    command = [str(maven), "-q", "-B", "dependency:copy-dependencies"]
+    command += ["-DincludeScope=runtime", "-DoutputDirectory=fetched"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        missing(f"the Kafka jars cannot be fetched: {done.stdout[-500:]}")
+    (folder / "fetched").rename(folder / "libs")
+
+
+def _prepare(folder: Path) -> None:
+    """Format a store to be copied, and have a first server write the class archive."""
+    with tempfile.TemporaryDirectory(prefix="ms-") as place:
+        settings = Path(place) / "kafka.properties"
+        ports = free_port(), free_port()
+        settings.write_text(_properties(_listeners(*ports, {}), Path(place) / "data"))
+        tool = [str(java_binary()), "-cp", f"{folder}/libs/*", "kafka.tools.StorageTool", "format"]
+        subprocess.run(
+            [*tool, "-t", _new_id(), "-c", str(settings)],
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+        shutil.copy(Path(place) / "data" / "bootstrap.checkpoint", folder)
+    archive = folder / "kafka.jsa"
+    with KafkaServer(_jvm=(f"-XX:ArchiveClassesAtExit={archive}",), _cache=folder) as server:
+        server.stop(60)
+
+
+def _new_id() -> str:
+    return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+
+
+def _properties(settings: Mapping[str, str], data: Path) -> str:
+    merged = {**_SETTINGS, **settings, "log.dirs": str(data)}
+    return "".join(f"{key}={value}\n" for key, value in merged.items())
+
+
+def _listeners(port: int, controller: int, more: Mapping[str, int]) -> dict[str, str]:
+    places = {"PLAINTEXT": port, **more}
+    return {
+        "node.id": "1",
+        "controller.quorum.voters": f"1@127.0.0.1:{controller}",
+        "listeners": ",".join(f"{k}://127.0.0.1:{p}" for k, p in places.items())
+        + f",CONTROLLER://127.0.0.1:{controller}",
+        "advertised.listeners": ",".join(f"{k}://127.0.0.1:{p}" for k, p in places.items()),
+        "listener.security.protocol.map": ",".join(f"{k}:{k}" for k in places)
+        + ",CONTROLLER:PLAINTEXT",
+    }
+
+
+class KafkaServer(Server):
+    """One Kafka node.
+
+    Args:
+        settings: further server properties.
+        listeners: further listeners, security protocol → port; the first one is ``PLAINTEXT``.
+        advertised: the port that clients are told to connect to, where a proxy stands between.
+        folder: where it stores things; a new temporary folder by default.
+        port: a fixed port; a free one by default.
+    """
+
+    name = "kafka"
+    patience = 40.0
+
+    def __init__(
+        self,
+        *,
+        settings: Mapping[str, str] | None = None,
+        listeners: Mapping[str, int] | None = None,
+        advertised: int | None = None,
+        folder: Path | None = None,
+        port: int | None = None,
+        _jvm: tuple[str, ...] = (),
+        _cache: Path | None = None,
+    ) -> None:
+        super().__init__(folder=folder, port=port)
+        self.settings, self.listeners = dict(settings or {}), dict(listeners or {})
+        self.advertised = advertised
+        self.cluster_id = _new_id()
+        self._cache = _cache or need_kafka()
+        archive = self._cache / "kafka.jsa"
+        self._jvm = _jvm or ((f"-XX:SharedArchiveFile={archive}",) if archive.exists() else ())
+
+    @property
+    def data(self) -> Path:
+        """Where its logs are."""
+        return self.folder / "data"
+
+    def format(self) -> None:
+        """Make an empty store."""
+        self.data.mkdir(parents=True)
+        shutil.copy(self._cache / "bootstrap.checkpoint", self.data)
+        node = {"version": "1", "cluster.id": self.cluster_id, "node.id": "1"}
+        node["directory.id"] = _new_id()
+        text = "".join(f"{key}={value}\n" for key, value in node.items())
+        (self.data / "meta.properties").write_text(text)
+
+    def command(self, port: int) -> list[str]:
+        if not self.data.exists():
+            self.format()
+        settings = _listeners(port, free_port(), self.listeners)
+        if self.advertised is not None:
+            settings["advertised.listeners"] = f"PLAINTEXT://127.0.0.1:{self.advertised}"
+        path = self.folder / "kafka.properties"
+        path.write_text(_properties({**settings, **self.settings}, self.data))
+        libs = f"{self._cache}/libs/*"
+        return [str(java_binary()), *_JVM, *self._jvm, "-cp", libs, "kafka.Kafka", str(path)]
+
+    def answers(self, port: int) -> bool:
+        """It tells its cluster's id, and that it has joined it as a broker."""
+        with socket.create_connection(("127.0.0.1", port), timeout=1.0) as connection:
+            connection.settimeout(2.0)
+            # A metadata request, version 2, of no topics.
+            request = struct.pack(">hhih2si", 3, 2, 1, 2, b"ms", 0)
+            connection.sendall(struct.pack(">i", len(request)) + request)
+            head = connection.recv(4, socket.MSG_WAITALL)
+            if len(head) < 4:
+                return False
+            said = connection.recv(struct.unpack(">i", head)[0], socket.MSG_WAITALL)
+        brokers = struct.unpack(">i", said[4:8])[0]
+        return brokers > 0 and self.cluster_id.encode() in said
+
+    @property
+    def url(self) -> str:
+        return f"127.0.0.1:{self.port}"
