@@ -2,7 +2,7 @@
 
 Without it an outage of a database turns a whole queue into retries and dead letters. With it
 the subscription pauses, the broker keeps the backlog, and one message at a time is tried until
-one succeeds.
+one succeeds. Who resumes the subscription before its time has that message tried at once.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Circuit:
         self._failures = 0
         self._pause = breaker.pause
         self._probing = False
+        #: How often it opened, and whether it has paused the subscription since.
+        self._openings, self._paused = 0, False
         self._decided = asyncio.Event()
 
     def guard(self, call: Call) -> Call:
@@ -87,7 +89,9 @@ class Circuit:
         while self.state == "half open" and self._probing:
             await self._decided.wait()
         if self.state == "open":
-            raise NackMessage(delay=self._pause)
+            if not self._paused or self.subscription.paused:
+                raise NackMessage(delay=self._pause)
+            self.state = "half open"
         if self.state == "half open":
             self._probing = True
             self._decided.clear()
@@ -121,7 +125,8 @@ class Circuit:
                 self._open(f"{self._failures} of {count} attempts failed")
 
     def _open(self, reason: str) -> None:
-        self.state = "open"
+        self.state, self._paused = "open", False
+        self._openings += 1
         self._outcomes.clear()
         self._failures = 0
         subscription = self.subscription
@@ -133,9 +138,11 @@ class Circuit:
         subscription.broker.spawn(self._rest())
 
     async def _rest(self) -> None:
+        opening = self._openings
         await self.subscription.halt(f"circuit open for {self._pause:g} s")
+        self._paused = True
         await self.subscription.broker.clock.sleep(self._pause)
-        if self.state == "open":
+        if self.state == "open" and opening == self._openings:
             self.state = "half open"
             self._free()
             await self.subscription.go_on()

@@ -141,6 +141,9 @@ class Failures:
                 except (HandlerException, StopConsume, DecodeError, HandlerNotFound):
                     raise
                 except Exception as error:
+                    task = asyncio.current_task()
+                    if task is not None and task.cancelling():
+                        raise asyncio.CancelledError from error  # the handler hid it
                     attempt = attempt or message.attempt
                     if isinstance(error, BatchFailed) and isinstance(message, BatchMessage):
                         if not await self._shrunk(message, error, attempt):

@@ -312,11 +312,16 @@ class Subscription:
         self._since = {message: self._since.get(message, now) for message in self.running}
         return self._since
 
+    @property
+    def paused(self) -> bool:
+        """Whether it takes nothing because somebody said so: its user, or a breaker."""
+        return self.state is SubscriptionState.PAUSED
+
     async def pause(self, reason: str = "asked for") -> None:
         """Stop taking messages; those that wait are handed back, those that run finish."""
         self.held = True
         await self.halt(reason)
-        if self.state is SubscriptionState.PAUSED:
+        if self.paused:
             self.note = reason
 
     async def resume(self) -> None:
@@ -344,7 +349,7 @@ class Subscription:
     async def go_on(self) -> None:
         """End a pause, unless one that was asked for goes on."""
         async with self._changing:
-            if self.state is SubscriptionState.PAUSED and not self.held:
+            if self.paused and not self.held:
                 self.state, self.note = SubscriptionState.STARTING, ""
                 try:
                     await self._subscribe(self._sink)

@@ -132,6 +132,27 @@ async def test_a_twin_waits_until_the_first_is_decided() -> None:
     await broker.stop()
 
 
+async def test_a_cancellation_that_a_handler_hides_ends_its_retries() -> None:
+    broker = MemoryBroker(graceful_timeout=0.05)
+    runs = 0
+
+    @broker.subscriber("in", durable="d", retry=Retry(attempts=100, delay=0.01, where="lane"))
+    async def handler(value: int) -> None:
+        nonlocal runs
+        runs += 1
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise ValueError("hidden") from None
+
+    await broker.start()
+    await broker.publish(1, "in")
+    await eventually(lambda: runs == 1)
+    await broker.stop()
+    assert runs == 1
+    assert len(asyncio.all_tasks()) == 1
+
+
 # Circuit breaker
 
 
@@ -167,6 +188,44 @@ async def test_the_circuit_opens_probes_and_closes() -> None:
         up = True
         await test.clock.advance(60)
         assert subscription.state.value == "running"
+        assert set(runs[tried + 1 :]) == set(range(10))
+        assert subscription.failing.dead_lettered == 0
+
+
+async def test_a_subscription_resumed_early_has_its_circuit_probed_at_once() -> None:
+    broker = MemoryBroker()
+    runs: list[int] = []
+    up = False
+
+    @broker.subscriber(
+        "in",
+        durable="d",
+        retry=Retry(attempts=1000, delay=0.1),
+        breaker=Breaker(minimum=4, pause=100),
+    )
+    async def handler(value: int) -> None:
+        runs.append(value)
+        if not up:
+            raise ConnectionError("down")
+
+    test = TestBroker(broker)
+    async with test as running:
+        for n in range(10):
+            with suppress(ConnectionError):
+                await running.publish(n, "in")
+        await test.clock.advance(1)
+        (subscription,) = broker.subscriptions
+        tried = len(runs)
+        await subscription.resume()  # too early: one probe, and twice the pause from now on
+        await test.clock.advance(150)
+        assert len(runs) == tried + 1
+        assert subscription.state.value == "paused"
+        up = True
+        await subscription.resume()
+        await test.clock.advance(1)
+        assert subscription.state.value == "running"
+        assert len(runs) > tried + 1
+        await test.clock.advance(200)  # some were put off when it opened
         assert set(runs[tried + 1 :]) == set(range(10))
         assert subscription.failing.dead_lettered == 0
 
