@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING
 
 from .broker import MqttBroker, MqttPublisher, MqttRoute, MqttRouter
 from .driver import MqttDriver
-from .message import MqttMessage
+from .message import MQTTMessage, MqttMessage
 from .options import QoS, Will
 from .outbox import Receipt
-from .response import MqttPublishCommand, MqttResponse
+from .response import MqttPublishCommand, MQTTResponse, MqttResponse
 
 # Under the names of other frameworks.
 MQTTBroker, MQTTRouter, MQTTRoute, MQTTPublisher = MqttBroker, MqttRouter, MqttRoute, MqttPublisher
-MQTTMessage, MQTTResponse = MqttMessage, MqttResponse
 
 if TYPE_CHECKING:
     from ..testing import TestApp

@@ -69,6 +69,9 @@ class MqttMessage(Message[Incoming]):
         return self.raw.properties
 
 
+#: Under the name of other frameworks.
+MQTTMessage = MqttMessage
+
 _NONE: Mapping[str, str] = {}
 
 

@@ -37,3 +37,7 @@ class MqttResponse(Response):
         given = {"qos": qos, "retain": retain, "expiry": expiry}
         options = {key: value for key, value in given.items() if value is not None}
         super().__init__(body, headers=headers, correlation_id=correlation_id, **options)
+
+
+#: Under the name of other frameworks.
+MQTTResponse = MqttResponse

@@ -23,7 +23,46 @@ PLACES = {
     "nats.message": "NatsMessage",
     "nats.response": "NatsPublishCommand NatsResponse",
     "nats.testing": "TestNatsBroker",
+    "rabbit": "Channel ExchangeType QueueType RabbitBroker RabbitExchange RabbitExternalAuth "
+    "RabbitMessage RabbitPublisher RabbitQueue RabbitResponse RabbitRoute RabbitRouter TestApp "
+    "TestRabbitBroker",
+    "rabbit.annotations": "ContextRepo Logger RabbitBroker RabbitMessage",
+    "rabbit.fastapi": "Context Logger RabbitRouter",
+    "rabbit.message": "RabbitMessage",
+    "rabbit.testing": "TestRabbitBroker",
+    "redis": "BinaryMessageFormatV1 ListSub Pipeline PubSub Redis RedisBroker RedisClusterBroker "
+    "RedisMessage RedisPublisher RedisResponse RedisRoute RedisRouter RedisSentinelBroker "
+    "RedisStreamMessage StreamSub TestApp TestRedisBroker",
+    "redis.annotations": "ContextRepo Logger RedisBroker RedisMessage",
+    "redis.fastapi": "Context Logger RedisRouter RedisSentinelRouter",
+    "redis.message": "PubSubMessage RedisMessage",
+    "redis.response": "RedisPublishCommand RedisResponse",
+    "redis.testing": "TestRedisBroker",
+    **{
+        place.format(kafka): names
+        for kafka in ("kafka", "confluent")
+        for place, names in {
+            "{}": "KafkaBroker KafkaMessage KafkaPublisher KafkaRoute KafkaRouter TestApp "
+            "TestKafkaBroker TopicPartition",
+            "{}.annotations": "ContextRepo KafkaBroker KafkaMessage Logger",
+            "{}.fastapi": "Context KafkaRouter Logger",
+            "{}.message": "KafkaMessage",
+            "{}.response": "KafkaPublishCommand KafkaPublishMessage KafkaResponse",
+            "{}.testing": "TestKafkaBroker",
+        }.items()
+    },
+    "mqtt": "MQTTBroker MQTTMessage MQTTPublisher MQTTRoute MQTTRouter QoS TestMQTTBroker",
+    "mqtt.annotations": "ContextRepo Logger MQTTBroker MQTTMessage",
+    "mqtt.fastapi": "Context Logger MQTTRouter",
+    "mqtt.message": "MQTTMessage",
+    "mqtt.response": "MQTTResponse",
+    "mqtt.testing": "TestMQTTBroker",
+    "security": "BaseSecurity SASLGSSAPI SASLOAuthBearer SASLPlaintext SASLScram256 SASLScram512",
 }
+
+
+BROKERS = ("nats", "redis", "rabbit", "kafka", "confluent", "mqtt")
+SURROUNDINGS = ("annotations", "fastapi")
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -37,8 +76,8 @@ def test_a_name_is_one_object_wherever_it_is_imported_from() -> None:
         return getattr(importlib.import_module(f"millstream{place}"), name)
 
     for name, places in {
-        "Logger": [".annotations", ".nats.annotations", ".nats.fastapi"],
-        "Context": [".nats.fastapi"],
+        "Logger": [".annotations", *(f".{b}.{p}" for b in BROKERS for p in SURROUNDINGS)],
+        "Context": [f".{b}.fastapi" for b in BROKERS],
         "ContextRepo": [".annotations", ".context"],
         "NackMessage": [".exceptions"],
         "BaseMiddleware": [".middlewares"],
