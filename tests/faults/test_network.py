@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ REMOTE = on(processes=True)
 STORED = on(confirms=True, processes=True)
 #: Messages that may be fetched and not acknowledged when a connection breaks.
 FETCHED = 16
+#: Bytes that may live longer by chance.
+MARGIN = 64 * 1024
 
 
 @REMOTE
@@ -179,24 +182,47 @@ async def test_f22_flapping(tmp_path: Path, source: str) -> None:
         assert len(lines) < 15 * 2 + 15, worker.output
 
 
-async def tasks_and_links(trial: Trial, app: Any) -> tuple[int, int]:
+def allocated() -> int:
+    """Bytes that live in the process, without those of the tests and their ledgers."""
+    gc.collect()
+    tests = str(Path(__file__).parents[1] / "*")
+    leave_out = [
+        tracemalloc.Filter(False, name) for name in (tests, tracemalloc.__file__, "*pytest*")
+    ]
+    taken = tracemalloc.take_snapshot().filter_traces(leave_out)
+    return sum(trace.size for trace in taken.traces)
+
+
+async def tasks_and_links(trial: Trial) -> tuple[int, int]:
     await asyncio.sleep(0.3)
     return len(asyncio.all_tasks()), trial.proxy.live
 
 
 @STORED
-async def test_i7_tasks_are_back_to_their_number(tmp_path: Path, source: str) -> None:
+async def test_i7_everything_is_back_to_where_it_was(tmp_path: Path, source: str) -> None:
     async with Trial(source, tmp_path, reconnect=0.1) as trial:
-        app = await trial.inside()
-        await trial.send(5)
-        await trial.quiet()
-        before = await tasks_and_links(trial, app)
-        for _ in range(10):
-            async with trial.fault("reset"):
-                trial.proxy.reset()
-            await trial.send(3)
-            await trial.quiet()
+        await trial.inside()
+
+        async def resets(count: int) -> None:
+            for _ in range(count):
+                async with trial.fault("reset"):
+                    trial.proxy.reset()
+                await trial.send(50)
+                await trial.quiet()
+
+        tracemalloc.start()
+        try:
+            await resets(2)  # the first ones fill what is filled once
+            before, memory = await tasks_and_links(trial), allocated()
+            await resets(8)
+            after, grown = await tasks_and_links(trial), allocated() - memory
+        finally:
+            tracemalloc.stop()
         await trial.verdict(
-            "I7 10 resets", "as many tasks and connections as before", duplicates=10 * FETCHED
+            "I7 10 resets",
+            "as many tasks, connections and bytes as before",
+            duplicates=10 * FETCHED,
         )
-        assert await tasks_and_links(trial, app) == before
+        assert after == before
+        # 400 messages and 8 connections: a leak of either would be far more.
+        assert grown < MARGIN, f"{grown} bytes more than before"
