@@ -23,7 +23,7 @@ help:
 	@echo "make test         lint, types and the whole suite"
 	@echo "make lint         ruff, mypy, pyright"
 	@echo "make docs-check   run every snippet of the documentation"
-	@echo "make bench        compare with raw nats-py and FastStream (WRITE=1: into docs/benchmarks.md)"
+	@echo "make bench        compare with raw clients and FastStream (BROKER=redis: one; WRITE=1: into docs/benchmarks.md)"
 	@echo "make faults       every fault scenario; writes the tables of docs/delivery.md"
 	@echo "make faults-random  random damage for MINUTES=5 to SOURCE=jetstream, from SEED on (a random one)"
 	@echo "make clean        remove environments and caches"
@@ -77,7 +77,7 @@ docs-check: $(VENV)/ready
 
 bench: $(VENV)/ready
 	@test -x .venv-bench/bin/python || $(MAIN) -m venv .venv-bench
-	@.venv-bench/bin/python $(PIP_INSTALL) -e ".[nats,fastapi,dev]" "faststream[nats]"
+	@.venv-bench/bin/python $(PIP_INSTALL) -e ".[all]" "faststream[nats,redis,rabbit,kafka,confluent,mqtt]"
 	.venv-bench/bin/python -m benchmarks.bench $(BROKER) $(if $(WRITE),--write docs/benchmarks.md)
 
 # Written anew from these results, also when some scenario fails.
