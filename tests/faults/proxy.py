@@ -98,11 +98,11 @@ class Link:
 
 
 class Proxy:
-    """Listens on a port of its own and connects to ``target``, a loopback port."""
+    """Listens on ``port``, its own by default, and connects to ``target``; both on loopback."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, port: int = 0) -> None:
         self.target = target
-        self.port = free_port()
+        self.port = port or free_port()
         self.latency = 0.0
         self.half_open = False
         self.open = {"up": asyncio.Event(), "down": asyncio.Event()}

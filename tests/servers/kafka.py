@@ -16,8 +16,10 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple, Self
 
 from tests.servers.base import Server, free_port, missing
 
@@ -130,7 +132,8 @@ def _prepare(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ms-") as place:
         settings = Path(place) / "kafka.properties"
         ports = free_port(), free_port()
-        settings.write_text(_properties(_listeners(*ports, {}), Path(place) / "data"))
+        more = _listeners(ports[0], 1, {1: ports[1]}, {})
+        settings.write_text(_properties(more, Path(place) / "data"))
         tool = [str(java_binary()), "-cp", f"{folder}/libs/*", "kafka.tools.StorageTool", "format"]
         subprocess.run(
             [*tool, "-t", _new_id(), "-c", str(settings)],
@@ -153,16 +156,33 @@ def _properties(settings: Mapping[str, str], data: Path) -> str:
     return "".join(f"{key}={value}\n" for key, value in merged.items())
 
 
-def _listeners(port: int, controller: int, more: Mapping[str, int]) -> dict[str, str]:
-    places = {"PLAINTEXT": port, **more}
+class Listener(NamedTuple):
+    """A further way to reach a node.
+
+    Fields:
+        protocol: ``PLAINTEXT``, ``SSL``, ``SASL_PLAINTEXT`` or ``SASL_SSL``.
+        port: where it listens.
+        advertised: where clients are told to connect to, if something stands between.
+    """
+
+    protocol: str
+    port: int
+    advertised: int | None = None
+
+
+def _listeners(
+    port: int, node: int, voters: Mapping[int, int], more: Mapping[str, Listener]
+) -> dict[str, str]:
+    ways = {"PLAINTEXT": Listener("PLAINTEXT", port), **more}
+    own = [f"{name}://127.0.0.1:{way.port}" for name, way in ways.items()]
+    told = [f"{name}://127.0.0.1:{way.advertised or way.port}" for name, way in ways.items()]
+    protocols = [f"{name}:{way.protocol}" for name, way in ways.items()]
     return {
-        "node.id": "1",
-        "controller.quorum.voters": f"1@127.0.0.1:{controller}",
-        "listeners": ",".join(f"{k}://127.0.0.1:{p}" for k, p in places.items())
-        + f",CONTROLLER://127.0.0.1:{controller}",
-        "advertised.listeners": ",".join(f"{k}://127.0.0.1:{p}" for k, p in places.items()),
-        "listener.security.protocol.map": ",".join(f"{k}:{k}" for k in places)
-        + ",CONTROLLER:PLAINTEXT",
+        "node.id": str(node),
+        "controller.quorum.voters": ",".join(f"{n}@127.0.0.1:{p}" for n, p in voters.items()),
+        "listeners": ",".join([*own, f"CONTROLLER://127.0.0.1:{voters[node]}"]),
+        "advertised.listeners": ",".join(told),
+        "listener.security.protocol.map": ",".join([*protocols, "CONTROLLER:PLAINTEXT"]),
     }
 
 
@@ -171,8 +191,12 @@ class KafkaServer(Server):
 
     Args:
         settings: further server properties.
-        listeners: further listeners, security protocol → port; the first one is ``PLAINTEXT``.
-        advertised: the port that clients are told to connect to, where a proxy stands between.
+        listeners: further listeners by their names; the first one is ``PLAINTEXT``.
+        proxied: the protocol of one more listener, which tells clients to connect to
+            ``outside``: somebody carries their bytes from there to ``inside``.
+        node: its number, where it is one of several.
+        voters: the controllers' ports of all nodes, by their numbers; this node only by default.
+        cluster_id: of the cluster that it belongs to.
         folder: where it stores things; a new temporary folder by default.
         port: a fixed port; a free one by default.
     """
@@ -184,8 +208,11 @@ class KafkaServer(Server):
         self,
         *,
         settings: Mapping[str, str] | None = None,
-        listeners: Mapping[str, int] | None = None,
-        advertised: int | None = None,
+        listeners: Mapping[str, Listener] | None = None,
+        proxied: str = "",
+        node: int = 1,
+        voters: Mapping[int, int] | None = None,
+        cluster_id: str = "",
         folder: Path | None = None,
         port: int | None = None,
         _jvm: tuple[str, ...] = (),
@@ -193,8 +220,11 @@ class KafkaServer(Server):
     ) -> None:
         super().__init__(folder=folder, port=port)
         self.settings, self.listeners = dict(settings or {}), dict(listeners or {})
-        self.advertised = advertised
-        self.cluster_id = _new_id()
+        if proxied:
+            self.inside, self.outside = free_port(), free_port()
+            self.listeners["PROXIED"] = Listener(proxied, self.inside, self.outside)
+        self.node, self.voters = node, dict(voters or {})
+        self.cluster_id = cluster_id or _new_id()
         self._cache = _cache or need_kafka()
         archive = self._cache / "kafka.jsa"
         self._jvm = _jvm or ((f"-XX:SharedArchiveFile={archive}",) if archive.exists() else ())
@@ -208,7 +238,8 @@ class KafkaServer(Server):
         """Make an empty store."""
         self.data.mkdir(parents=True)
         shutil.copy(self._cache / "bootstrap.checkpoint", self.data)
-        node = {"version": "1", "cluster.id": self.cluster_id, "node.id": "1"}
+        node = {"version": "1", "cluster.id": self.cluster_id}
+        node["node.id"] = str(self.node)
         node["directory.id"] = _new_id()
         text = "".join(f"{key}={value}\n" for key, value in node.items())
         (self.data / "meta.properties").write_text(text)
@@ -216,9 +247,8 @@ class KafkaServer(Server):
     def command(self, port: int) -> list[str]:
         if not self.data.exists():
             self.format()
-        settings = _listeners(port, free_port(), self.listeners)
-        if self.advertised is not None:
-            settings["advertised.listeners"] = f"PLAINTEXT://127.0.0.1:{self.advertised}"
+        voters = self.voters or {self.node: free_port()}
+        settings = _listeners(port, self.node, voters, self.listeners)
         path = self.folder / "kafka.properties"
         path.write_text(_properties({**settings, **self.settings}, self.data))
         libs = f"{self._cache}/libs/*"
@@ -241,3 +271,45 @@ class KafkaServer(Server):
     @property
     def url(self) -> str:
         return f"127.0.0.1:{self.port}"
+
+
+class KafkaCluster:
+    """Several nodes that are brokers and controllers, each topic copied to all of them."""
+
+    def __init__(self, count: int = 3, *, settings: Mapping[str, str] | None = None) -> None:
+        voters = {node: free_port() for node in range(1, count + 1)}
+        copies = {
+            name: str(count)
+            for name in _SETTINGS
+            if name.endswith("replication.factor") or name == "default.replication.factor"
+        }
+        more = {**copies, "min.insync.replicas": str(count // 2 + 1), **(settings or {})}
+        identity = _new_id()
+        self.nodes = [
+            KafkaServer(settings=more, node=n, voters=voters, cluster_id=identity) for n in voters
+        ]
+
+    @property
+    def url(self) -> str:
+        return ",".join(node.url for node in self.nodes)
+
+    def start(self) -> Self:
+        """Start all nodes at once: none answers before most are there."""
+        with ThreadPoolExecutor(len(self.nodes)) as pool:
+            list(pool.map(KafkaServer.start, self.nodes))
+        return self
+
+    def remove(self) -> None:
+        """Stop all nodes and delete what they stored."""
+        for node in self.nodes:
+            node.remove()
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self.remove()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()

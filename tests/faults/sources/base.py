@@ -91,6 +91,10 @@ class Source(ABC):
     confirms: ClassVar[bool] = True
     #: What is published again with the same id is stored once.
     once: ClassVar[bool] = False
+    #: ``broker.publish`` takes the ``key`` whose order is kept.
+    keyed: ClassVar[bool] = False
+    #: Seconds for which a broker may not know yet that a message is settled.
+    behind: ClassVar[float] = 0.0
     #: Other processes than this one can reach it, so that there is a server.
     processes: ClassVar[bool] = True
     #: Of the subscription.
@@ -123,6 +127,10 @@ class Source(ABC):
     def url(self, port: int, user: str = "") -> str:
         """Where clients connect to, as ``user`` if one is given."""
         return ""
+
+    def way(self, server: Any) -> tuple[int, int]:
+        """The port that a proxy connects to, and the one that it listens on; 0 for any."""
+        return server.port, 0
 
     def address(self, setup: Setup, *parts: str) -> str:
         """An address of this scenario; without parts where its messages go."""
