@@ -1,4 +1,4 @@
-"""Real brokers for development, started from the binaries that packages carry.
+"""Real brokers for development, started from the binaries that packages carry or the system has.
 
 A server listens on loopback only and ends with the process that started it, however that one
 ends. :data:`EMBEDDED` are the kinds there are; a further one is a class with its program, its
@@ -8,6 +8,7 @@ schemes and its command line.
 from __future__ import annotations
 
 import contextlib
+import getpass
 import importlib.util
 import os
 import platform
@@ -28,7 +29,7 @@ from .errors import ConnectError, MissingExtra
 #: however this process ends, the pipe closes, and the guard stops the server.
 _GUARD = """\
 import os, subprocess, sys, threading
-server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=2)
 print(server.pid, flush=True)
 threading.Thread(target=lambda: os._exit(server.wait() & 255), daemon=True).start()
 sys.stdin.read()
@@ -61,6 +62,20 @@ def find_redis_server() -> Path | None:
     return found
 
 
+def find_mosquitto() -> Path | None:
+    """The mosquitto on PATH, or where Debian puts it."""
+    found = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
+    return Path(found) if found else None
+
+
+def find_rabbitmq_server() -> Path | None:
+    """The script that starts a RabbitMQ node, where there is Erlang's port mapper as well."""
+    # The one that Debian puts on PATH changes the user and the folders.
+    own = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+    found = str(own) if own.exists() else shutil.which("rabbitmq-server")
+    return Path(found) if found and shutil.which("epmd") else None
+
+
 def answers(host: str, port: int, timeout: float = 1.0) -> bool:
     """Whether somebody accepts connections there."""
     try:
@@ -86,6 +101,10 @@ class Embedded(ABC):
     usual_port: ClassVar[int]
     #: What lies in the store, for people.
     keeps: ClassVar[str] = "messages"
+    #: How to get the program; by default the extra ``dev`` brings it.
+    package: ClassVar[str] = ""
+    #: Seconds from start to the first answer that are still normal.
+    patience: ClassVar[float] = 10.0
 
     def __init__(
         self,
@@ -128,8 +147,15 @@ class Embedded(ABC):
         """The server's own log."""
         return self.store / "server.log"
 
-    def start(self, timeout: float = 10.0) -> Self:
-        """Start the server and wait until it takes connections, ``timeout`` seconds at most.
+    def command(self, binary: Path) -> list[str]:
+        """The whole command line."""
+        return [str(binary), *self.arguments()]
+
+    def start(self, timeout: float | None = None) -> Self:
+        """Start the server and wait until it takes connections.
+
+        Args:
+            timeout: seconds to wait at most; :attr:`patience` by default.
 
         Raises:
             MissingExtra: its program is not here.
@@ -137,7 +163,9 @@ class Embedded(ABC):
         """
         binary = self.binary or self.find()
         if binary is None:
-            raise MissingExtra(self.program, "dev", purpose="a broker that starts by itself")
+            missing = MissingExtra(self.program, "dev", purpose="a broker that starts by itself")
+            missing.fix = self.package or missing.fix
+            raise missing
         if self.port == 0:
             with socket.create_server((self.host, 0)) as free:
                 self.port = free.getsockname()[1]
@@ -145,16 +173,18 @@ class Embedded(ABC):
             raise ConnectError(f"{self.host}:{self.port} is in use", permanent=True)
         self.store.mkdir(parents=True, exist_ok=True)
         self.log.unlink(missing_ok=True)
-        self._guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _GUARD, str(binary), *self.arguments()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,  # Ctrl+C is for the application, which still needs its broker
-        )
+        with self.log.open("ab") as log:  # for what it says before it has opened its log
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _GUARD, *self.command(Path(binary))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # Ctrl+C is for the application, which needs its broker
+            )
         assert self._guard.stdout is not None
         self.pid = int(self._guard.stdout.readline() or 0) or None
+        timeout = self.patience if timeout is None else timeout
         deadline = time.monotonic() + timeout
         while not answers(self.host, self.port):
             ended = self._guard.poll() is not None
@@ -185,6 +215,8 @@ class Embedded(ABC):
                 if self.pid is not None:
                     os.kill(self.pid, 9)
             guard.wait()  # it waits for the server and for nothing else
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(guard.pid, 9)  # whatever the server had started
         guard.stdout.close()
         self.pid = None
 
@@ -240,8 +272,116 @@ class EmbeddedRedis(Embedded):
         return next((text for text in reversed(said) if text), "")
 
 
+class EmbeddedMosquitto(Embedded):
+    """A mosquitto that keeps sessions and what is retained, and gives up no waiting message."""
+
+    program = "mosquitto"
+    schemes = ("mqtt", "tcp")
+    usual_port = 1883
+    keeps = "sessions"
+    package = "install the package mosquitto, or run the one of compose.yaml"
+
+    @staticmethod
+    def find() -> Path | None:
+        return find_mosquitto()
+
+    def arguments(self) -> list[str]:
+        store = self.store.absolute()
+        lines = [
+            # Started by root it would become another user, who may not write into the store.
+            f"user {getpass.getuser()}",
+            "persistence true",
+            f"persistence_location {store}/",
+            "autosave_interval 10",
+            # By default what waits for a session beyond a thousand messages is dropped.
+            "max_queued_messages 0",
+            "max_inflight_messages 1000",
+            "log_dest stderr",
+            f"listener {self.port} {self.host}",
+            "allow_anonymous true",
+            "set_tcp_nodelay true",
+        ]
+        path = store / "mosquitto.conf"
+        path.write_text("\n".join(lines) + "\n")
+        return ["-c", str(path)]
+
+    def complaint(self, log: list[str]) -> str:
+        bad = [line for line in log if "Error" in line]
+        return bad[0].partition(": ")[2].strip() if bad else ""
+
+
+class EmbeddedRabbit(Embedded):
+    """A RabbitMQ node with a port mapper of its own."""
+
+    program = "rabbitmq-server"
+    schemes = ("amqp",)
+    usual_port = 5672
+    keeps = "queues"
+    package = "install the package rabbitmq-server, or run the one of compose.yaml"
+    patience = 90.0
+
+    #: The mapper belongs to the node and ends with it; both in the foreground.
+    _BOTH = """\
+epmd -port "$ERL_EPMD_PORT" -address 127.0.0.1 & mapper=$!
+"$0" & node=$!
+trap 'kill "$node"' TERM
+wait "$node"; code=$?
+while kill -0 "$node" 2>/dev/null; do wait "$node"; code=$?; done
+kill "$mapper"
+exit "$code"
+"""
+
+    @staticmethod
+    def find() -> Path | None:
+        return find_rabbitmq_server()
+
+    def arguments(self) -> list[str]:
+        return []
+
+    def command(self, binary: Path) -> list[str]:
+        store = self.store.absolute()
+        with (
+            socket.create_server((self.host, 0)) as mapper,
+            socket.create_server((self.host, 0)) as node,
+        ):
+            ports = mapper.getsockname()[1], node.getsockname()[1]
+        settings = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "HOME": str(store),  # of Erlang's cookie
+            # Lets the script become the node, which a SIGTERM stops in order.
+            "RUNNING_UNDER_SYSTEMD": "1",
+            "RABBITMQ_NODENAME": f"millstream{self.port}@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": self.host,
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(ports[1]),
+            "ERL_EPMD_PORT": str(ports[0]),
+            "ERL_EPMD_ADDRESS": self.host,
+            "RABBITMQ_MNESIA_BASE": str(store / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(store),
+            "RABBITMQ_LOGS": str(store / self.log.name),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(store / "plugins"),
+            "RABBITMQ_CONFIG_FILE": str(store / "rabbitmq"),
+            "RABBITMQ_CONF_ENV_FILE": str(store / "env.conf"),
+            "RABBITMQ_PID_FILE": str(store / "pid"),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+        }
+        (store / "plugins").write_text("[].\n")
+        (store / "rabbitmq.conf").write_text("")
+        given = [f"{name}={value}" for name, value in settings.items()]
+        return ["/usr/bin/env", "-i", *given, "/bin/sh", "-c", self._BOTH, str(binary)]
+
+    def complaint(self, log: list[str]) -> str:
+        bad = [line for line in log if "[error]" in line and not line.endswith("> ")]
+        return bad[0].partition("> ")[2].strip() if bad else ""
+
+
 #: The kinds of servers there are.
-EMBEDDED: tuple[type[Embedded], ...] = (EmbeddedNats, EmbeddedRedis)
+EMBEDDED: tuple[type[Embedded], ...] = (
+    EmbeddedNats,
+    EmbeddedRedis,
+    EmbeddedMosquitto,
+    EmbeddedRabbit,
+)
 
 
 def missing_server(address: str) -> tuple[type[Embedded], int] | None:
