@@ -33,13 +33,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         nothing = Capability.NOTHING, frozenset[str](), False
         needed, able, requests = getattr(metafunc.function, "needs", nothing)
         kinds = [
-            kind
+            pytest.param(kind, id=kind.name, marks=[pytest.mark.server] if kind.server else [])
             for kind in KINDS
             if needed in kind.capabilities
             and not able & kind.lacks
             and not (requests and kind.stored is not None)
         ]
-        metafunc.parametrize("bench", kinds, ids=[kind.name for kind in kinds], indirect=True)
+        metafunc.parametrize("bench", kinds, indirect=True)
 
 
 @pytest.fixture
