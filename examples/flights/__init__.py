@@ -1,1 +1,1 @@
-"""A year of flights through a JetStream stream: validated, enriched, counted, shown."""
+"""A year of flights through a broker: validated, enriched, counted, shown."""

@@ -1,7 +1,8 @@
-"""The demo: a NATS server, the service of main.py, and the flights sent through both.
+"""The demo: a broker, the service of main.py, and the flights sent through both.
 
-python -m examples.flights.demo            # the first 20,000 flights
-python -m examples.flights.demo --full     # all 336,776
+python -m examples.flights.demo                    # the first 20,000 flights, through NATS
+python -m examples.flights.demo --full             # all 336,776
+python -m examples.flights.demo --broker redis     # through another broker
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -34,9 +36,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from examples.flights.brokers import KINDS, Kind
 from examples.flights.data import TOTAL, flights
-from millstream.embedded import EmbeddedNats
-from millstream.nats import NatsBroker
 
 SHORT = 20_000
 #: Messages on their way to the server at once.
@@ -76,14 +77,15 @@ class Stuck(RuntimeError):
 class Service:
     """The service, running in a process of its own."""
 
-    def __init__(self, nats_url: str, port: int) -> None:
+    def __init__(self, name: str, kind: Kind, url: str, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}/"
         command = [sys.executable, "-m", "millstream", "run", "examples.flights.main:app"]
         command += ["--port", str(port), "--log-level", "warning"]
         OUT.mkdir(exist_ok=True)
+        environment = {"BROKER": name, kind.variable: url, "FLIGHTS": kind.run}
         with LOG.open("w") as log:  # an ERROR line for each broken record
             self.process = subprocess.Popen(
-                command, env={**os.environ, "NATS_URL": nats_url}, stdout=log, stderr=log
+                command, env={**os.environ, **environment}, stdout=log, stderr=log
             )
 
     def statistics(self) -> dict[str, Any]:
@@ -113,8 +115,30 @@ class Service:
 
 
 @contextmanager
-def service(nats_url: str, port: int) -> Iterator[Service]:
-    running = Service(nats_url, port)
+def server(kind: Kind) -> Iterator[str]:
+    """The broker's address: the one of the environment, or of a server for this run alone."""
+    given = os.environ.get(kind.variable)
+    if given:
+        yield given
+        return
+    embedded = kind.embedded
+    if embedded is None or embedded.find() is None:
+        hint = f" (or install {embedded.program})" if embedded is not None else ""
+        sys.exit(
+            f"There is no {kind.title} for the demo. Start one and say where it is{hint}:\n"
+            f"  docker compose up -d --wait {kind.service}\n"
+            f"  export {kind.variable}={kind.usual}"
+        )
+    with (
+        tempfile.TemporaryDirectory(prefix="millstream-") as folder,
+        embedded(0, store=Path(folder) / "server") as running,
+    ):
+        yield running.url
+
+
+@contextmanager
+def service(name: str, kind: Kind, url: str, port: int) -> Iterator[Service]:
+    running = Service(name, kind, url, port)
     try:
         running.wait()
         yield running
@@ -122,12 +146,13 @@ def service(nats_url: str, port: int) -> Iterator[Service]:
         running.stop()
 
 
-async def send(nats_url: str, total: int, progress: Progress, bar: TaskID) -> None:
+async def send(kind: Kind, url: str, total: int, progress: Progress, bar: TaskID) -> None:
     """Publish the flights, each confirmed by the server, a window at a time."""
     records = flights(total)
-    async with NatsBroker(nats_url) as broker:
+    target = kind.writes("recorded")
+    async with kind.broker(url) as broker:
         while window := list(islice(records, WINDOW)):
-            await broker.publish_batch(*window, subject="flights.recorded", stream="FLIGHTS")
+            await broker.publish_batch(*window, **target)
             progress.advance(bar, len(window))
 
 
@@ -147,7 +172,9 @@ async def watch(running: Service, total: int, progress: Progress, bar: TaskID) -
         await asyncio.sleep(0.2)
 
 
-async def stream(nats_url: str, running: Service, total: int) -> tuple[dict[str, Any], float]:
+async def stream(
+    kind: Kind, url: str, running: Service, total: int
+) -> tuple[dict[str, Any], float]:
     """Send everything and wait until it is handled; the statistics and the seconds it took."""
     columns = (TextColumn("{task.description:<10}"), BarColumn(40), MofNCompleteColumn(), Speed())
     with Progress(*columns, console=console) as progress:
@@ -155,7 +182,7 @@ async def stream(nats_url: str, running: Service, total: int) -> tuple[dict[str,
         handled = progress.add_task("handled", total=total)
         start = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(send(nats_url, total, progress, sent))
+            tasks.create_task(send(kind, url, total, progress, sent))
             watching = tasks.create_task(watch(running, total, progress, handled))
         return watching.result(), time.monotonic() - start
 
@@ -202,6 +229,7 @@ def save(running: Service, statistics: dict[str, Any]) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--broker", choices=KINDS, default="nats", help="default: %(default)s")
     parser.add_argument("--full", action="store_true", help=f"all {TOTAL:,} flights")
     parser.add_argument(
         "--flights", type=int, default=SHORT, help="the first so many (%(default)s)"
@@ -211,14 +239,15 @@ def main() -> int:
     options = parser.parse_args()
     total = TOTAL if options.full else min(options.flights, TOTAL)
     port = free_port(options.port)
-    with (
-        tempfile.TemporaryDirectory(prefix="millstream-") as folder,
-        EmbeddedNats(0, store=Path(folder) / "nats") as nats,
-        service(nats.url, port) as running,
-    ):
-        console.print(f"NATS at {nats.url}; open {running.url} to watch\n")
+    kind = KINDS[options.broker]()
+    if os.environ.get(kind.variable):
+        # Somebody's server may keep what an earlier run has left there.
+        kind.run = f"flights_{secrets.token_hex(4)}"
+    with server(kind) as url, service(options.broker, kind, url, port) as running:
+        place = url.rpartition("@")[2]
+        console.print(f"{kind.title} at {place}; open {running.url} to watch\n")
         try:
-            statistics, seconds = asyncio.run(stream(nats.url, running, total))
+            statistics, seconds = asyncio.run(stream(kind, url, running, total))
         except* Stuck as group:
             sys.exit(str(group.exceptions[0]))
         right = report(statistics, total, seconds)

@@ -1,15 +1,15 @@
-"""The service: three subscribers on one stream, and a page.
+"""The service: three subscribers in a row, and a page.
 
-    millstream dev examples.flights.main:app      # with a NATS server of its own
-    millstream run examples.flights.main:app      # with the one at NATS_URL
+    millstream dev examples.flights.main:app                 # with a NATS server of its own
+    BROKER=redis millstream run examples.flights.main:app    # with the Redis at REDIS_URL
 
 ``flights.recorded`` → :func:`enrich` → ``flights.enriched`` → :func:`count`; what cannot be
-enriched goes to ``flights.broken`` → :func:`collect`.
+enriched goes to ``flights.broken`` → :func:`collect`. Which broker that is makes no difference
+here: brokers.py knows what each one calls it.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,31 +17,28 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
+from examples.flights import brokers
 from examples.flights.data import names
 from examples.flights.model import EnrichedFlight, Flight, Statistics
 from millstream import Header
-from millstream.nats import JStream
-from millstream.nats.fastapi import NatsRouter
 
 AIRLINES = names("airlines.csv", "carrier")
 AIRPORTS = names("airports.csv", "faa")
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
-router = NatsRouter(os.environ.get("NATS_URL", "nats://127.0.0.1:4222"))
-stream = JStream("FLIGHTS", subjects=["flights.>"])
+flights = brokers.chosen()
+router = flights.router()
 statistics = Statistics()
 
 
 # Each carrier's flights stay in order while those of others overtake them.
 @router.subscriber(
-    "flights.recorded",
-    stream=stream,
-    durable="enrich",
+    **flights.reads("recorded", "enrich"),
     concurrency=16,
     ordered_by="carrier",
-    dead_letter="flights.broken",
+    dead_letter=flights.address("broken"),
 )
-@router.publisher("flights.enriched", stream="FLIGHTS")
+@router.publisher(**flights.writes("enriched"))
 async def enrich(flight: Flight) -> EnrichedFlight:
     """Give the codes their names. A broken record never gets here: it fails to decode."""
     statistics.enriched += 1
@@ -53,17 +50,15 @@ async def enrich(flight: Flight) -> EnrichedFlight:
     )
 
 
-@router.subscriber(
-    "flights.enriched", stream=stream, durable="statistics", concurrency=4, ordered_by="carrier"
-)
+@router.subscriber(**flights.reads("enriched", "statistics"), concurrency=4, ordered_by="carrier")
 async def count(flight: EnrichedFlight) -> None:
     """Keep the delay statistics of each carrier."""
     statistics.count(flight)
 
 
-@router.subscriber("flights.broken", stream=stream, durable="broken")
+@router.subscriber(**flights.letters("broken", "broken"))
 async def collect(cause: Annotated[str, Header("ms-error")]) -> None:
-    """Count why records are broken; the records themselves stay in the stream."""
+    """Count why records are broken."""
     statistics.broken += 1
     reason = cause.rpartition(": ")[2]
     statistics.causes[reason] = statistics.causes.get(reason, 0) + 1
