@@ -61,6 +61,9 @@ class Batch(msgspec.Struct, frozen=True):
     wait: float = 0.2
 
 
+Bindings = Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+
 class Spec(msgspec.Struct, frozen=True, kw_only=True):
     """What every declaration can say about itself.
 
@@ -82,6 +85,15 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     def destination(self) -> str:
         """The address as it was declared, with its placeholders."""
         raise NotImplementedError
+
+    @property
+    def bindings(self) -> Bindings:
+        """What AsyncAPI calls its bindings: settings that only this protocol has.
+
+        By what they belong to (``channel``, ``operation``), then by the protocol. Source: the
+        AsyncAPI bindings specifications. Redis has none there.
+        """
+        return {}
 
 
 class SubscriptionSpec(Spec, frozen=True, kw_only=True):

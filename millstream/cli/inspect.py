@@ -117,6 +117,7 @@ def _describe(subscription: Subscription) -> dict[str, Any]:
     return {
         "source": spec.destination,
         "kind": type(spec).__name__,
+        "bindings": spec.bindings,
         "handlers": [entry.handler.name for entry in entries],
         "where": [_short(entry.handler.where) for entry in entries],
         "policy": policy,
@@ -134,7 +135,11 @@ def _table_of(broker: Broker) -> dict[str, Any]:
         "kind": type(broker).__name__,
         "subscriptions": [_describe(s) for s in broker.subscriptions],
         "publishers": [
-            {"destination": p.spec.destination, "kind": type(p.spec).__name__}
+            {
+                "destination": p.spec.destination,
+                "kind": type(p.spec).__name__,
+                "bindings": p.spec.bindings,
+            }
             for p in broker.publications
         ],
     }

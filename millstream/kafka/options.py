@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from ..address import Address, AddressSyntax
-from ..driver import Batch, Capability, PublicationSpec, PublishCommand, SubscriptionSpec
+from ..driver import Batch, Bindings, Capability, PublicationSpec, PublishCommand, SubscriptionSpec
 from ..errors import AddressError, SetupError
 from ..message import Message
 from .message import KafkaMessage
@@ -275,6 +275,15 @@ class KafkaSubscription(KafkaOptions, frozen=True):
         return _JOINT.join(t.name for t in self.topic_list)
 
     @property
+    def bindings(self) -> Bindings:
+        topics = self.topic_list
+        found = _of_topic(topics[0]) if len(topics) == 1 and not self.wild else {}
+        if self.group_id is None:
+            return found
+        group = {"groupId": {"type": "string", "enum": [self.group_id]}, **_VERSION}
+        return {**found, "operation": {"kafka": group}}
+
+    @property
     def envelope(self) -> type[KafkaMessage]:
         return KafkaMessage
 
@@ -323,6 +332,19 @@ class KafkaSubscription(KafkaOptions, frozen=True):
             )
 
 
+_VERSION = {"bindingVersion": "0.5.0"}
+
+
+def _of_topic(topic: Topic) -> Bindings:
+    """The AsyncAPI binding of a channel."""
+    said: dict[str, Any] = {"topic": topic.name}
+    if topic.num_partitions is not None:
+        said["partitions"] = topic.num_partitions
+    if topic.replication_factor is not None:
+        said["replicas"] = topic.replication_factor
+    return {"channel": {"kafka": {**said, **_VERSION}}}
+
+
 class KafkaPublication(PublicationSpec, frozen=True):
     """A declared publication on Kafka.
 
@@ -351,6 +373,10 @@ class KafkaPublication(PublicationSpec, frozen=True):
     @property
     def destination(self) -> str:
         return self.topic if isinstance(self.topic, str) else self.topic.name
+
+    @property
+    def bindings(self) -> Bindings:
+        return _of_topic(Topic(self.topic) if isinstance(self.topic, str) else self.topic)
 
     def check(self) -> None:
         if not _NAME.fullmatch(self.destination):

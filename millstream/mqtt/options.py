@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from ..address import AddressSyntax
-from ..driver import Capability, PublicationSpec, PublishCommand, SubscriptionSpec
+from ..driver import Bindings, Capability, PublicationSpec, PublishCommand, SubscriptionSpec
 from ..errors import SetupError
 from ..message import Message
 from .message import MqttMessage, properties_of
@@ -127,6 +127,10 @@ class MqttSubscription(MqttOptions, frozen=True):
         return self.topic
 
     @property
+    def bindings(self) -> Bindings:
+        return {"operation": {"mqtt": {"qos": int(self.qos), **_VERSION}}}
+
+    @property
     def filter(self) -> str:
         """What the server is asked for."""
         pattern = SYNTAX.compile(self.topic).pattern
@@ -182,6 +186,9 @@ class MqttSubscription(MqttOptions, frozen=True):
             )
 
 
+_VERSION = {"bindingVersion": "0.2.0"}
+
+
 class MqttPublication(PublicationSpec, frozen=True):
     """A declared publication on MQTT.
 
@@ -203,6 +210,13 @@ class MqttPublication(PublicationSpec, frozen=True):
     @property
     def destination(self) -> str:
         return self.topic
+
+    @property
+    def bindings(self) -> Bindings:
+        said = {"qos": int(self.qos), "retain": self.retain, **_VERSION}
+        if self.expiry is not None:
+            said["messageExpiryInterval"] = int(self.expiry)
+        return {"operation": {"mqtt": said}}
 
     def check(self) -> None:
         check_qos(self.qos, f"the publication to {self.topic!r}")

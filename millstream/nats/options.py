@@ -12,7 +12,7 @@ import msgspec
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, StreamConfig
 
 from ..address import AddressSyntax
-from ..driver import Batch, Capability, PublicationSpec, PublishCommand, SubscriptionSpec
+from ..driver import Batch, Bindings, Capability, PublicationSpec, PublishCommand, SubscriptionSpec
 from ..errors import AddressError, SetupError
 from ..message import Message
 from .message import NatsKvMessage, NatsMessage, NatsObjMessage, NatsStreamMessage
@@ -177,6 +177,12 @@ class NatsSubscription(NatsOptions, frozen=True):
         if pull is not None and pull.batch and self.batch is None:
             batch = Batch(pull.batch_size or 100, pull.timeout)
             msgspec.structs.force_setattr(self, "batch", batch)
+
+    @property
+    def bindings(self) -> Bindings:
+        if not self.queue:
+            return {}
+        return {"operation": {"nats": {"queue": self.queue, "bindingVersion": "0.1.0"}}}
 
     @property
     def pull(self) -> PullSub | None:

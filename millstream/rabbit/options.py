@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from ..address import AddressSyntax
-from ..driver import Capability, PublicationSpec, PublishCommand, SubscriptionSpec
+from ..driver import Bindings, Capability, PublicationSpec, PublishCommand, SubscriptionSpec
 from ..errors import CapabilityError, SetupError
 from ..message import Message
 from .message import RabbitMessage, RabbitStreamMessage, ReplyAddress
@@ -218,6 +218,13 @@ class RabbitSubscription(RabbitOptions, frozen=True):
         return queue.routing_key or queue.name
 
     @property
+    def bindings(self) -> Bindings:
+        return {
+            "channel": {"amqp": _of_queue(self.source)},
+            "operation": {"amqp": {"ack": Capability.ACK in self.capabilities, **_AMQP}},
+        }
+
+    @property
     def streaming(self) -> bool:
         """Whether a stream is read."""
         return self.source.kind is QueueType.STREAM
@@ -257,6 +264,20 @@ class RabbitSubscription(RabbitOptions, frozen=True):
                 f"{queue.name!r} is no stream, so it has no offset",
                 fix="use RabbitQueue(..., queue_type=QueueType.STREAM)",
             )
+
+
+_AMQP = {"bindingVersion": "0.3.0"}
+
+
+def _of_queue(queue: RabbitQueue) -> dict[str, Any]:
+    """The AsyncAPI binding of a channel that is a queue."""
+    said = {
+        "name": queue.name,
+        "durable": queue.durable,
+        "exclusive": queue.exclusive,
+        "autoDelete": queue.auto_delete,
+    }
+    return {"is": "queue", "queue": said, **_AMQP}
 
 
 class RabbitMessageOptions(PublishCommand, kw_only=True):
@@ -383,6 +404,28 @@ class RabbitPublication(RabbitPublicationOptions, frozen=True):
         if self.routing_key:
             return self.routing_key
         return self.queue.routing() if isinstance(self.queue, RabbitQueue) else self.queue
+
+    @property
+    def bindings(self) -> Bindings:
+        said: dict[str, Any] = {"deliveryMode": 2 if self.persist else 1}
+        said |= {"mandatory": self.mandatory, "priority": self.priority, "userId": self.user_id}
+        operation = {key: value for key, value in said.items() if value is not None} | _AMQP
+        target, exchange = self.target, self.exchange
+        if exchange is None and target is not None:
+            return {"channel": {"amqp": _of_queue(target)}, "operation": {"amqp": operation}}
+        if not isinstance(exchange, RabbitExchange):
+            exchange = RabbitExchange(exchange_name(exchange))
+        channel = {
+            "is": "routingKey",
+            "exchange": {
+                "name": exchange.wire_name,
+                "type": exchange.type.value,
+                "durable": exchange.durable,
+                "autoDelete": exchange.auto_delete,
+            },
+            **_AMQP,
+        }
+        return {"channel": {"amqp": channel}, "operation": {"amqp": operation}}
 
     def check(self) -> None:
         if not self.destination and self.exchange is None:

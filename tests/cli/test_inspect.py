@@ -138,6 +138,7 @@ def test_show_as_json(shop: str, tmp_path: Path) -> None:
     assert work["guarantee"] == "at-least-once" and work["dead_letter"] == f"{shop}.work.dlq"
     orders = by_source[f"{shop}.orders.{{region}}"]
     assert orders["policy"] is None and orders["dead_letter"] is None
+    assert orders["bindings"]["operation"]["nats"]["queue"] == "workers" and work["bindings"] == {}
     assert orders["publishes_to"] == [f"{shop}.invoices"] and orders["handlers"] == ["invoice"]
 
 
