@@ -24,6 +24,8 @@ from typing import NamedTuple, Self
 from tests.servers.base import Server, free_port, missing
 
 VERSION = "4.1.2"
+#: What its tools read their arguments with.
+_ARGUMENTS = "net.sourceforge.argparse4j:argparse4j:0.7.0"
 _POM = """<project><modelVersion>4.0.0</modelVersion>
  <groupId>millstream</groupId><artifactId>kafka-for-tests</artifactId><version>1</version>
  <dependencies>
@@ -125,6 +127,62 @@ def _fetch(folder: Path) -> None:
     if done.returncode:
         missing(f"the Kafka jars cannot be fetched: {done.stdout[-500:]}")
     (folder / "fetched").rename(folder / "libs")
+
+
+def need_tools() -> str:
+    """The class path of Kafka's command line tools, whose jars are fetched on first use."""
+    folder = need_kafka()
+    tools = folder / "tools"
+    if not tools.exists():
+        with _locked(folder):
+            if not tools.exists():
+                _fetch_tools(folder)
+    return f"{folder}/libs/*:{tools}/*"
+
+
+def _fetch_tools(folder: Path) -> None:
+    maven = shutil.which("mvn")
+    if maven is None:
+        missing("no mvn on PATH to fetch Kafka's tools with")
+    shutil.rmtree(folder / "fetched", ignore_errors=True)
+    for artifact in (f"org.apache.kafka:kafka-tools:{VERSION}", _ARGUMENTS):
+        command = [str(maven), "-q", "-B", "dependency:copy", f"-Dartifact={artifact}"]
+        command.append("-DoutputDirectory=fetched")
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            missing(f"Kafka's tools cannot be fetched: {done.stdout[-500:]}")
+    (folder / "fetched").rename(folder / "tools")
+
+
+def tool(name: str, *arguments: str, given: str = "", timeout: float = 60.0) -> str:
+    """Run one of Kafka's tools, named by its class below ``org.apache.kafka.tools``.
+
+    Args:
+        name: such as ``consumer.ConsoleConsumer``.
+        arguments: of its command line.
+        given: what it reads from its standard input.
+        timeout: seconds that it may take.
+
+    Returns:
+        What it printed.
+    """
+    done = subprocess.run(
+        [
+            str(java_binary()),
+            "-XX:TieredStopAtLevel=1",
+            "-Dorg.slf4j.simpleLogger.defaultLogLevel=error",
+            "-cp",
+            need_tools(),
+            f"org.apache.kafka.tools.{name}",
+            *arguments,
+        ],
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def _prepare(folder: Path) -> None:
