@@ -47,7 +47,8 @@ class _Method(Generic[P]):
         call.__qualname__ = f"{type(obj).__qualname__}.{self.name}"
         call.__doc__ = self.options.__doc__
         call.__wrapped__ = self.options  # type: ignore[attr-defined]  # inspect finds the signature
-        obj.__dict__[self.name] = call  # found before this descriptor from now on
+        if getattr(type(obj), self.name) is self:  # a subclass may have a method of its own
+            obj.__dict__[self.name] = call  # found before this descriptor from now on
         return call
 
 

@@ -19,11 +19,10 @@ from ..errors import (
     RequestTimeout,
 )
 from ..message import Message, new_id
-from ..retry import DeadLetter
 from .connection import Line, Settings
 from .flow import Flow
 from .identity import give_back, host, passing_host, passing_id, session_id, take, worker
-from .letters import MqttLetters, letter_id
+from .letters import MqttLetters, dead_letters_of, letter_id
 from .message import MqttMessage, properties_of
 from .options import SYNTAX, MqttPublish, MqttSubscription, Will
 from .outbox import Outbox, Receipt
@@ -303,23 +302,8 @@ class MqttDriver:
             self._letters.add(address)
         return address
 
-    def own_letters(self, spec: MqttSubscription) -> str:
-        """How topics of a subscription's dead letters begin, where it would get them itself."""
-        given = spec.dead_letter
-        if isinstance(given, DeadLetter):
-            given = given.destination
-        address = given if isinstance(given, str) else dead_letters_of(spec)
-        return f"{address}/" if SYNTAX.compile(spec.topic).matches(f"{address}/x") else ""
-
     def letters(self, address: str) -> MqttLetters:
         return MqttLetters(self, address)
-
-
-def dead_letters_of(spec: SubscriptionSpec) -> str:
-    """The default address of a subscription's dead letters."""
-    words = {"+": "any", "#": "all"}
-    levels = (words.get(level, level.strip("{}")) for level in spec.destination.split("/"))
-    return "/".join((*levels, "dlq"))
 
 
 def refuse_311(command: MqttPublish) -> None:

@@ -12,7 +12,9 @@ from ..ack import Settlement
 from ..clock import Timer
 from ..driver import CANCELLED, Sink
 from ..errors import ConnectError, SetupError
+from .attempts import Attempts
 from .connection import Connection, Line
+from .letters import dead_letters_of
 from .wire import (
     DUP,
     PUBACK,
@@ -77,9 +79,11 @@ class Flow(Line):
         self._epoch = 0
         self._wake: asyncio.Future[None] | None = None
         self._was_there = False
-        address = driver.syntax.compile(spec.destination)
-        #: What a dead letter of this very subscription looks like, where it would come back.
-        self._own = driver.own_letters(spec) if "#" in address.pattern else ""
+        letters = dead_letters_of(spec)
+        own = driver.syntax.compile(spec.destination).matches(f"{letters}/x")
+        #: How topics of this very subscription's dead letters begin, where they would come back.
+        self._own = f"{letters}/" if own else ""
+        self._attempts = Attempts(driver, letters, client_id)
         self._feeder: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -207,6 +211,10 @@ class Flow(Line):
             while self._queue:
                 message = self._queue.popleft()
                 try:
+                    if message.flags & DUP and message.count == 1:
+                        # An earlier process had it.
+                        behind = [m for m in self._queue if m.flags & DUP and m.count == 1]
+                        await self._attempts.count([message, *behind])
                     await sink(message)
                 except Exception:
                     log.exception("the sink of %r failed", self.spec.destination)
@@ -227,6 +235,8 @@ class Flow(Line):
         if how is _NACK:
             self._again(raw, delay or 0.0)
         elif how is not _NONE and raw.mid:
+            if raw.count > 1:
+                self._attempts.settled(raw)
             order = self._order
             if raw.epoch != self._epoch or self.connection is None:
                 raw.done = True  # told when it is sent again
@@ -276,9 +286,8 @@ class Flow(Line):
     async def touch(self, raw: Any, /) -> None:
         """No deadline to push back: a session keeps its messages."""
 
-    async def begun(self, raw: Any, /) -> bool:
-        """MQTT counts no deliveries."""
-        return True
+    async def begun(self, raw: Incoming, /) -> bool:
+        return await self._attempts.begun(raw)
 
     async def lag(self) -> int | None:
         """MQTT does not tell."""
@@ -317,4 +326,5 @@ class Flow(Line):
         if feeder is not None and feeder is not asyncio.current_task():
             feeder.cancel()
             await asyncio.wait([feeder], timeout=CANCELLED)
+        await self._attempts.close()
         await super().close()

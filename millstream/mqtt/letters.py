@@ -12,9 +12,11 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from ..driver import SubscriptionSpec
 from ..errors import NoLetters, NoResponders, NotConnected, PublishTimeout
 from ..letters import Letter
 from ..message import Link, new_id
+from ..retry import DeadLetter
 from .connection import Connection, Line
 from .identity import passing_id
 from .message import MqttMessage
@@ -27,13 +29,25 @@ if TYPE_CHECKING:
 #: A letter's id: when it was made, so that they sort by age, and what makes it unique.
 ID = re.compile(r"(\d{8}T\d{6}\.\d{6}Z)-[0-9a-f-]+")
 _TIME = "%Y%m%dT%H%M%S.%fZ"
-#: Seconds until the mark behind the letters is sent again, and for which one is waited for.
-AGAIN, PATIENCE = 0.5, 15.0
+#: Seconds until the mark behind the letters is sent again.
+AGAIN = 0.5
 
 
 def letter_id() -> str:
     """An id for a new letter."""
     return f"{datetime.now(UTC).strftime(_TIME)}-{new_id()}"
+
+
+def dead_letters_of(spec: SubscriptionSpec) -> str:
+    """The address of a subscription's dead letters, unless its router names another."""
+    given = spec.dead_letter
+    if isinstance(given, DeadLetter):
+        given = given.destination
+    if isinstance(given, str):
+        return given
+    words = {"+": "any", "#": "all"}
+    levels = (words.get(level, level.strip("{}")) for level in spec.destination.split("/"))
+    return "/".join((*levels, "dlq"))
 
 
 class _Look(Line):
@@ -67,6 +81,46 @@ class _Look(Line):
         self.all_there.set()
 
 
+async def look(
+    driver: MqttDriver, address: str, levels: str, patience: float = 15.0
+) -> list[Incoming]:
+    """The retained messages under ``{address}/{levels}``.
+
+    The server sends what it keeps in answer to a subscription and says nothing at the end,
+    so a message of our own is sent behind: when it arrives, all others have.
+
+    Raises:
+        NoLetters: the server keeps none, or shows none.
+        PublishTimeout: it does not show them within ``patience`` seconds.
+        NotConnected: the connection broke meanwhile.
+        ConnectError: the server is not reached.
+    """
+    if driver.outbox is not None and driver.outbox.limits.get("retain_available") == 0:
+        raise NoLetters(f"{driver.describe()} keeps no retained messages")
+    mark = f"{address}/mark-{new_id()}/end"
+    looking = _Look(driver, f"{address}/{levels}", mark)
+    await looking.open()
+    try:
+        async with asyncio.timeout(patience):
+            while not looking.all_there.is_set():
+                await driver.publish(MqttPublish(topic=mark), b"", None)
+                try:
+                    async with asyncio.timeout(AGAIN):
+                        await looking.all_there.wait()
+                except TimeoutError:
+                    continue  # a server may drop what it cannot queue
+    except TimeoutError:
+        raise PublishTimeout(
+            f"{driver.describe()} does not show what lies under {address!r}: may we read it?"
+        ) from None
+    finally:
+        connection = looking.connection
+        await looking.close()
+    if connection is None:
+        raise NotConnected(f"{driver.describe()}: {looking.reason}", state="disconnected")
+    return looking.found
+
+
 class MqttLetters:
     """The dead letters of one address."""
 
@@ -76,35 +130,9 @@ class MqttLetters:
         self._link = Link(driver, None)
 
     async def _kept(self, id: str) -> list[tuple[str, Incoming]]:
-        """The retained messages under the address, by id; those of one id, or all for ``+``.
-
-        The server sends what it keeps in answer to a subscription and says nothing at the end,
-        so a message of our own is sent behind: when it arrives, all others have.
-        """
-        driver = self.driver
-        if driver.outbox is not None and driver.outbox.limits.get("retain_available") == 0:
-            raise NoLetters(f"{driver.describe()} keeps no retained messages, so no dead letters")
-        mark = f"{self.address}/mark-{new_id()}/end"
-        look = _Look(driver, f"{self.address}/{id}", mark)
-        await look.open()
-        try:
-            async with asyncio.timeout(PATIENCE):
-                while not look.all_there.is_set():
-                    await driver.publish(MqttPublish(topic=mark), b"", None)
-                    try:
-                        async with asyncio.timeout(AGAIN):
-                            await look.all_there.wait()
-                    except TimeoutError:
-                        continue  # a server may drop what it cannot queue
-        except TimeoutError:
-            raise PublishTimeout(f"{driver.describe()} does not answer") from None
-        finally:
-            connection = look.connection
-            await look.close()
-        if connection is None:
-            raise NotConnected(f"{driver.describe()}: {look.reason}", state="disconnected")
+        """The retained messages under the address, by id; those of one id, or all for ``+``."""
         start = len(self.address) + 1
-        kept = [(m.topic[start:], m) for m in look.found]
+        kept = [(m.topic[start:], m) for m in await look(self.driver, self.address, id)]
         return sorted((id, m) for id, m in kept if ID.fullmatch(id))
 
     async def read(

@@ -150,7 +150,7 @@ class MqttSubscription(MqttOptions, frozen=True):
         can = Capability.HEADERS | Capability.REPLY | Capability.GROUPS
         if self.qos:
             can |= Capability.ACK | Capability.NACK | Capability.NACK_DELAY | Capability.REJECT
-        return can | Capability.PERSISTENT if self.kept else can
+        return can | Capability.PERSISTENT | Capability.DELIVERY_COUNT if self.kept else can
 
     @property
     def guarantee(self) -> str:

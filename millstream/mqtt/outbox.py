@@ -51,12 +51,14 @@ _HEARD, _UNHEARD = Receipt(), Receipt(heard=False)
 class _Sent:
     """A message that is not confirmed yet."""
 
-    __slots__ = ("done", "packet", "released", "topic")
+    __slots__ = ("done", "heard", "packet", "released", "topic")
 
     def __init__(self, topic: str, packet: bytes, done: asyncio.Future[Receipt]) -> None:
         self.topic, self.packet, self.done = topic, packet, done
         #: PUBREC came: the server has it, and PUBREL is what is sent from now on.
         self.released = False
+        #: What PUBREC said of subscribers.
+        self.heard = _HEARD
 
 
 class Outbox(Line):
@@ -86,12 +88,11 @@ class Outbox(Line):
         for mid, sent in list(self._sent.items()):
             if sent.done.done():  # its sender waits no more
                 del self._sent[mid]
-            elif sent.released:
-                if present:
-                    connection.write(_pubrel(mid))
-                else:  # the server had it
-                    self._finish(mid, _HEARD)
+            elif sent.released and present:
+                connection.write(_pubrel(mid))
             else:
+                # Without its session the server may have forgotten what it had not passed on.
+                sent.released = False
                 connection.write(sent_again(sent.packet) if present else sent.packet)
         self._make_room()
 
@@ -138,6 +139,8 @@ class Outbox(Line):
             raise MessageTooLarge(
                 f"{size:,} bytes to {topic!r}: the server takes {self._largest:,} at most"
             )
+        if retain and self.limits.get("retain_available") == 0:
+            raise PublishError(f"{topic!r}: {self.settings.where} keeps no retained messages")
         connection = self.connection
         if (
             connection is None
@@ -232,14 +235,14 @@ class Outbox(Line):
         sent, connection = self._sent.get(mid), self.connection
         if kind == PUBREC and code < 128 and connection is not None:
             if sent is not None:
-                sent.released = True
+                sent.released, sent.heard = True, _UNHEARD if code == NO_TAKER else _HEARD
             connection.write(_pubrel(mid))
         elif sent is not None:
             if code >= 128:
                 error = PublishError(f"{sent.topic!r} was not published: {reason_of(code, reason)}")
                 self._finish(mid, error)
             else:
-                self._finish(mid, _UNHEARD if code == NO_TAKER else _HEARD)
+                self._finish(mid, _UNHEARD if code == NO_TAKER else sent.heard)
 
     async def flush(self) -> None:
         """Return when everything that was published is confirmed."""

@@ -21,8 +21,8 @@ from ..memory import (
 )
 from ..message import Message
 from ..testing import Bs, TestBroker
-from .driver import dead_letters_of, refuse_311
-from .letters import letter_id
+from .driver import refuse_311
+from .letters import dead_letters_of, letter_id
 from .message import MqttMessage, properties_of
 from .options import SYNTAX, MqttPublish, MqttSubscription
 from .outbox import Receipt

@@ -190,3 +190,18 @@ async def test_no_reply_answers_nothing() -> None:
         await running.publish(1, "in", reply_to="answers")
         await running.publish(2, "in2", reply_to="answers")
     assert got == [2]
+
+
+async def test_a_subclass_may_have_a_publish_of_its_own() -> None:
+    class Counting(MemoryBroker):
+        count = 0
+
+        async def publish(self, *args: Any, **options: Any) -> Any:
+            self.count += 1
+            return await super().publish(*args, **options)
+
+    broker = Counting()
+    async with broker:
+        await broker.publish(1, "a")
+        await broker.publish(2, "a")
+    assert broker.count == 2
