@@ -62,7 +62,9 @@ class Delivery:
             failing.once = Once(self.spec.deduplicate, self._key_scope(), self.broker.clock, call)
             call = failing.once.run
         if self.spec.breaker is not None:
-            call = Circuit(self.spec.breaker, subscription).guard(call)
+            # What cannot be published tells of an outage as well.
+            circuit = Circuit(self.spec.breaker, subscription)
+            call, respond = circuit.guard(_both(call, respond)), None
         if failing.retry_here:
             call, respond = failing.retrying(_both(call, respond)), None
         call = killpoints.around("handler", call)

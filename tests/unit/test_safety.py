@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from millstream import (
+    BaseMiddleware,
     Batch,
     BatchFailed,
     Breaker,
@@ -190,6 +191,46 @@ async def test_the_circuit_opens_probes_and_closes() -> None:
         assert subscription.state.value == "running"
         assert set(runs[tried + 1 :]) == set(range(10))
         assert subscription.failing.dead_lettered == 0
+
+
+async def test_results_that_cannot_be_published_open_the_circuit() -> None:
+    broker = MemoryBroker()
+    up = False
+
+    class Away(BaseMiddleware):
+        async def publish_scope(self, call_next: Any, command: Any) -> Any:
+            if command.destination == "out" and not up:
+                raise ConnectionError("the other broker is away")
+            return await call_next(command)
+
+    @broker.subscriber(
+        "in",
+        durable="d",
+        retry=Retry(attempts=1000, delay=0.1),
+        breaker=Breaker(minimum=4, pause=10),
+    )
+    @broker.publisher("out", middlewares=[Away])
+    async def handler(value: int) -> int:
+        return value
+
+    got: list[int] = []
+
+    @broker.subscriber("out", durable="results")
+    async def result(value: int) -> None:
+        got.append(value)
+
+    test = TestBroker(broker)
+    async with test as running:
+        for n in range(10):
+            with suppress(ConnectionError):
+                await running.publish(n, "in")
+        await test.clock.advance(1)
+        subscription = broker.subscriptions[0]
+        assert subscription.state.value == "paused" and not got
+        up = True
+        await test.clock.advance(60)
+        assert subscription.state.value == "running"
+        assert sorted(got) == list(range(10))
 
 
 async def test_a_subscription_resumed_early_has_its_circuit_probed_at_once() -> None:
