@@ -49,13 +49,13 @@ class Attempts:
 
     Args:
         driver: whose connections are used.
-        address: beneath which it lies.
+        address: beneath which it lies, with those of other sessions.
         client_id: of the session.
     """
 
     def __init__(self, driver: MqttDriver, address: str, client_id: str) -> None:
         self.driver, self.address = driver, address
-        self._level = f"begun/{re.sub('[/+#{]', '-', client_id)}"
+        self._level = re.sub("[/+#{]", "-", client_id)
         self._noted: dict[int, Attempt] | None = None
         self._entries: dict[int, Attempt] = {}
         self._saved, self._lock = b"", asyncio.Lock()

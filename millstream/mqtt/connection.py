@@ -17,14 +17,19 @@ from .wire import (
     CONNACK,
     DISCONNECT,
     FAREWELL,
+    LARGEST,
+    MALFORMED,
     PING,
     PINGRESP,
+    PROTOCOL_ERROR,
     PUBACK,
     PUBCOMP,
     PUBLISH,
+    PUBREL,
     REASONS,
     SUBACK,
     TAKEN_OVER,
+    TOO_LARGE,
     UNSUBACK,
     V5,
     V311,
@@ -38,6 +43,7 @@ from .wire import (
     read_variable,
     reason_of,
     write_connect,
+    write_disconnect,
 )
 
 log = logging.getLogger("millstream.mqtt")
@@ -45,6 +51,8 @@ log = logging.getLogger("millstream.mqtt")
 #: Seconds that a connection has to last before the next one may follow at once; and how many in
 #: a row may not, until people are told why that may be.
 LASTING, SUSPICIOUS = 10.0, 3
+#: Seconds in which the server has to take what was written when a connection is closed.
+PARTING = 1.0
 #: Seconds to stand back for whoever took the session over: at first, at most, and seconds that a
 #: connection has to last until that is forgotten.
 STAND_BACK, STAND_BACK_MAX, FORGET = 5.0, 60.0, 120.0
@@ -90,10 +98,14 @@ class Connection(asyncio.Protocol):
         line: whose connection this is.
         version: of MQTT.
         keepalive: seconds within which the server wants to hear of us, and we of it.
+        largest: bytes of the largest packet that it may send.
     """
 
-    def __init__(self, line: Line, version: int, keepalive: int) -> None:
+    def __init__(
+        self, line: Line, version: int, keepalive: int, largest: int | None = None
+    ) -> None:
         self.line, self.version, self.keepalive = line, version, keepalive
+        self.largest = largest or LARGEST
         self.loop = asyncio.get_running_loop()
         #: CONNACK: whether there was a session, reason code, properties.
         self.welcome: asyncio.Future[tuple[bool, int, dict[str, Any]]] = self.loop.create_future()
@@ -115,6 +127,7 @@ class Connection(asyncio.Protocol):
         self._heard = self._told = self._asked = False
         self._beat: asyncio.TimerHandle | None = None
         self._over = ""
+        self._received = self._early
 
     # What asyncio calls
 
@@ -144,7 +157,11 @@ class Connection(asyncio.Protocol):
         try:
             rest = self._read(data)
         except (Malformed, IndexError, UnicodeDecodeError) as error:
-            self.close(f"the server sent what is not MQTT: {error}")
+            code = error.code if isinstance(error, Malformed) else MALFORMED
+            what = "a packet that is cut off" if isinstance(error, IndexError) else error
+            self.close(
+                f"the server sent what is not MQTT: {what}", write_disconnect(self.version, code)
+            )
             return
         if rest < len(data):
             self._chunks.append(data[rest:])
@@ -152,7 +169,7 @@ class Connection(asyncio.Protocol):
 
     def _read(self, data: bytes) -> int:
         """Take all whole packets; returns where the first begins that is not all there."""
-        at, size, version, received = 0, len(data), self.version, self.line.received
+        at, size, version, received = 0, len(data), self.version, self._received
         while size - at > 1:
             head, length, start = data[at], data[at + 1], at + 2
             if length > 127:
@@ -160,6 +177,8 @@ class Connection(asyncio.Protocol):
                     length, start = read_variable(data, at + 1)
                 except IndexError:
                     break
+                if length > self.largest:
+                    raise Malformed(f"a packet of {length:,} bytes", TOO_LARGE)
             end = start + length
             if end > size:
                 self._needed = end - at
@@ -167,17 +186,26 @@ class Connection(asyncio.Protocol):
             if head & 0xF0 == PUBLISH:
                 received(read_publish(data, start, end, head & 15, version))
             else:
-                self._take(head & 0xF0, data[start:end])
+                self._take(head, data[start:end])
+                if self._over:
+                    return size
+                received = self._received
             at = end
         self._needed = 0
         return at
 
-    def _take(self, kind: int, body: bytes) -> None:
-        line = self.line
+    def _take(self, head: int, body: bytes) -> None:
+        line, kind, welcomed = self.line, head & 0xF0, self.welcome.done()
+        if head & 15 != (2 if kind == PUBREL else 0):
+            raise Malformed(f"a packet that begins with 0x{head:02X}")
+        if welcomed is (kind == CONNACK):
+            raise Malformed(f"a packet of kind 0x{kind:02X} at this point", PROTOCOL_ERROR)
         if PUBACK <= kind <= PUBCOMP:
-            line.acknowledged(kind, *read_ack(body, self.version))
+            line.acknowledged(kind, *read_ack(body))
         elif kind in (SUBACK, UNSUBACK):
             mid, codes, reason = read_suback(body, self.version)
+            if kind == SUBACK and not codes:
+                raise Malformed("a SUBACK without a reason code")
             answer = self.answers.pop(mid, None)
             if answer is not None and not answer.done():
                 answer.set_result((codes, reason))
@@ -189,17 +217,20 @@ class Connection(asyncio.Protocol):
             self.pings.clear()
         elif kind == CONNACK:
             welcome = read_connack(body, self.version)
-            if not self.welcome.done():
-                if welcome[1] == 0:
-                    # Its messages may stand behind it already.
-                    line.welcomed(self, welcome[0], welcome[2])
-                self.welcome.set_result(welcome)
+            if welcome[1] == 0:
+                # Its messages may stand behind it already.
+                self._received = line.received
+                line.welcomed(self, welcome[0], welcome[2])
+            self.welcome.set_result(welcome)
         elif kind == DISCONNECT:
             code, reason = read_disconnect(body)
             line.told(code)
             self.close(reason_of(code, reason))
         else:
-            self.close(f"the server sent a packet of kind 0x{kind:02X}")
+            raise Malformed(f"a packet of kind 0x{kind:02X}", PROTOCOL_ERROR)
+
+    def _early(self, message: Incoming) -> None:
+        raise Malformed("a message before CONNACK", PROTOCOL_ERROR)
 
     # Writing
 
@@ -259,14 +290,17 @@ class Connection(asyncio.Protocol):
             self._out.append(farewell)
         if self._out:
             self._flush()
-        if self._transport is not None:
-            self._transport.close() if farewell else self._transport.abort()
+        transport = self._transport
+        if transport is not None and not farewell:
+            transport.abort()
+        elif transport is not None and not transport.is_closing():
+            transport.close()
+            self.loop.call_later(PARTING, transport.abort)
         self._end(self._over)
 
     async def ended(self) -> None:
-        """Return when nothing of it is left; a server that takes nothing is not waited for."""
-        if self._transport is not None and not (await asyncio.wait([self.over], timeout=1.0))[0]:
-            self._transport.abort()
+        """Return when nothing of it is left."""
+        if self._transport is not None:
             await self.over
 
     def _end(self, reason: str) -> None:
@@ -381,7 +415,9 @@ class Line:
         try:
             async with asyncio.timeout(settings.connect_timeout):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(self, settings.version, settings.keepalive),
+                    lambda: Connection(
+                        self, settings.version, settings.keepalive, settings.maximum_packet_size
+                    ),
                     settings.host,
                     settings.port,
                     ssl=settings.ssl,

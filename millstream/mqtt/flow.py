@@ -80,10 +80,11 @@ class Flow(Line):
         self._wake: asyncio.Future[None] | None = None
         self._was_there = False
         letters = dead_letters_of(spec)
+        noted = f"{letters}-attempts"
         own = driver.syntax.compile(spec.destination).matches(f"{letters}/x")
-        #: How topics of this very subscription's dead letters begin, where they would come back.
-        self._own = f"{letters}/" if own else ""
-        self._attempts = Attempts(driver, letters, client_id)
+        #: How topics of its own dead letters and notes begin, where they would come back.
+        self._own = (f"{letters}/", f"{noted}/") if own else ()
+        self._attempts = Attempts(driver, noted, client_id)
         self._feeder: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ..message import Link, Message
-from .wire import Incoming
+from .wire import Incoming, Malformed
+
+log = logging.getLogger("millstream.mqtt")
 
 #: Headers that have a property of their own; correlation data may be any bytes, and come back
 #: as they came.
@@ -42,8 +45,13 @@ class MqttMessage(Message[Incoming]):
         try:
             return self._headers
         except AttributeError:
-            self._headers: dict[str, str] = headers_of(self.raw.properties)
-            return self._headers
+            self._headers: dict[str, str] = {}
+        try:
+            self._headers = headers_of(self.raw.properties)
+        except Malformed as error:
+            # To end the connection would bring the same message again, without end.
+            log.warning("a message to %r has no headers: %s", self.raw.topic, error)
+        return self._headers
 
     @property
     def destination(self) -> str:

@@ -21,6 +21,8 @@ SUBSCRIBE, SUBACK, UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT, AUTH = 
 PING, FAREWELL = bytes((PINGREQ, 0)), bytes((DISCONNECT, 0))
 #: The flags of a PUBLISH.
 DUP, RETAIN = 0x08, 0x01
+#: Reason codes.
+NO_TAKER, MALFORMED, PROTOCOL_ERROR, TAKEN_OVER, TOO_LARGE = 0x10, 0x81, 0x82, 0x8E, 0x95
 #: Bytes of the largest packet that the protocol knows.
 LARGEST = 268_435_455
 
@@ -60,7 +62,11 @@ _MARK = REPLAY_TO.encode()
 
 
 class Malformed(Exception):
-    """The other side sent what is not MQTT."""
+    """The other side sent what is not MQTT; ``code`` is the reason that it is told."""
+
+    def __init__(self, text: str, code: int = MALFORMED) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class Incoming(msgspec.Struct, eq=False):
@@ -312,8 +318,11 @@ def write_unsubscribe(version: int, mid: int, topic: str) -> bytes:
 def read_publish(data: bytes, start: int, end: int, flags: int, version: int) -> Incoming:
     """PUBLISH, whose body lies at ``data[start:end]``.
 
+    Its properties are not read before somebody asks for them.
+
     Raises:
         Malformed: it is not what the standard says.
+        IndexError, UnicodeDecodeError: the same.
     """
     at = start + 2 + (data[start] << 8 | data[start + 1])
     topic = data[start + 2 : at].decode()
@@ -321,28 +330,39 @@ def read_publish(data: bytes, start: int, end: int, flags: int, version: int) ->
     if flags & 6:
         mid = data[at] << 8 | data[at + 1]
         at += 2
+        if not mid or flags & 6 == 6:
+            raise Malformed("a message without a packet identifier, or of QoS 3")
+    props, marked = b"", False
     if version == V5:
         size = data[at]
         at += 1
         if size:
             if size > 127:
                 size, at = read_variable(data, at - 1)
-            rest = at + size
-            props = data[at:rest]
-            if rest > end:
-                raise Malformed("properties that are longer than their message")
-            return Incoming(topic, data[rest:end], flags, mid, props, _MARK in props)
+            props = data[at : at + size]
+            at += size
+            marked = _MARK in props
     if at > end:
-        raise Malformed("a topic that is longer than its message")
-    return Incoming(topic, data[at:end], flags, mid)
+        raise Malformed("a message that is longer than its packet")
+    if not topic:
+        raise Malformed("a message without a topic", PROTOCOL_ERROR)
+    return Incoming(topic, data[at:end], flags, mid, props, marked)
 
 
-def read_ack(body: bytes, version: int) -> tuple[int, int, str]:
+def _read_block(body: bytes, at: int) -> tuple[dict[str, Any], int]:
+    """Properties with their length in front, and where what follows them begins."""
+    size, at = read_variable(body, at)
+    if at + size > len(body):
+        raise Malformed("properties that are longer than their packet")
+    return read_properties(body[at : at + size]), at + size
+
+
+def read_ack(body: bytes) -> tuple[int, int, str]:
     """PUBACK, PUBREC, PUBREL or PUBCOMP: identifier, reason code, reason for people."""
     mid, reason = body[0] << 8 | body[1], ""
     code = body[2] if len(body) > 2 else 0
     if len(body) > 3:
-        reason = read_properties(body[4:]).get("reason_string", "")
+        reason = _read_block(body, 3)[0].get("reason_string", "")
     return mid, code, reason
 
 
@@ -350,27 +370,27 @@ def read_suback(body: bytes, version: int) -> tuple[int, bytes, str]:
     """SUBACK or UNSUBACK: identifier, a reason code for each topic filter, reason for people."""
     mid, at, reason = body[0] << 8 | body[1], 2, ""
     if version == V5:
-        size, at = read_variable(body, at)
-        reason = read_properties(body[at : at + size]).get("reason_string", "")
-        at += size
+        properties, at = _read_block(body, at)
+        reason = properties.get("reason_string", "")
     return mid, body[at:], reason
 
 
 def read_connack(body: bytes, version: int) -> tuple[bool, int, dict[str, Any]]:
     """CONNACK: whether there was a session, the reason code, and the properties."""
-    properties: dict[str, Any] = {}
-    if version == V5 and len(body) > 2:
-        size, at = read_variable(body, 2)
-        properties = read_properties(body[at : at + size])
+    properties = _read_block(body, 2)[0] if version == V5 and len(body) > 2 else {}
     return bool(body[0] & 1), body[1], properties
+
+
+def write_disconnect(version: int, code: int) -> bytes:
+    """DISCONNECT with a reason, which MQTT 3.1.1 has no place for."""
+    return write_packet(DISCONNECT, bytes((code,)) if version == V5 else b"")
 
 
 def read_disconnect(body: bytes) -> tuple[int, str]:
     """DISCONNECT from the server: reason code, reason for people."""
     code, reason = body[0] if body else 0, ""
     if len(body) > 1:
-        size, at = read_variable(body, 1)
-        reason = read_properties(body[at : at + size]).get("reason_string", "")
+        reason = _read_block(body, 1)[0].get("reason_string", "")
     return code, reason
 
 
@@ -410,7 +430,6 @@ REASONS = {
     0xA1: "the server knows no subscription identifiers",
     0xA2: "the server knows no wildcards",
 }
-TAKEN_OVER, NO_TAKER = 0x8E, 0x10
 
 
 def reason_of(code: int, text: str = "") -> str:

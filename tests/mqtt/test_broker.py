@@ -140,6 +140,9 @@ async def test_what_is_published_while_the_server_is_away_is_confirmed_later(
 
     await broker.start()
     await asyncio.to_thread(mqtt_server.stop)
+    outbox = broker.driver.outbox
+    assert outbox is not None
+    await eventually(lambda: not outbox.up.is_set())
     publishing = asyncio.create_task(broker.publish(1, name))
     with pytest.raises(NotConnected):
         await broker.publish(2, name, timeout=0.2)
