@@ -168,7 +168,11 @@ async def watch(running: Service, total: int, progress: Progress, bar: TaskID) -
         if now != done:
             done, since = now, time.monotonic()
         elif time.monotonic() - since > PATIENCE:
-            raise Stuck(f"Nothing moved for {PATIENCE:.0f} s at {now:,} flights; see {LOG}.")
+            enriched, again = statistics["enriched"], statistics["repeated"]
+            raise Stuck(
+                f"Nothing moved for {PATIENCE:.0f} s at {now:,} flights ({enriched:,} enriched, "
+                f"{again:,} out of order or delivered twice); see {LOG}."
+            )
         await asyncio.sleep(0.2)
 
 

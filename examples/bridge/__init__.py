@@ -1,0 +1,1 @@
+"""Orders from RabbitMQ into a stream of NATS."""
