@@ -149,6 +149,12 @@ class MessageTooLarge(PublishError, ValueError):
     code = "MS302"
 
 
+class Fenced(MillstreamError):
+    """Another process took the place of this one, which must not go on."""
+
+    code = "MS307"
+
+
 class RequestTimeout(MillstreamError, TimeoutError):
     """No reply came in time."""
 

@@ -150,6 +150,8 @@ class Failures:
                             return None
                     elif not retry.again(error, attempt):
                         raise
+                    else:
+                        _undo(message)
                     delay = retry.backoff(attempt)
                     self.count += 1
                     self._log(message, error, self._again(attempt, delay))
@@ -268,6 +270,8 @@ class Failures:
                 self.broker.stop_application()
             return
         self.count += 1
+        if not isinstance(error, BatchFailed):
+            _undo(message)
         if self.broker.probe is not None:
             self.broker.probe.failed(error)
         if isinstance(message, BatchMessage) and await self._part(message, error):
@@ -454,6 +458,13 @@ class Failures:
             log_line(self.broker.logger, "error", text)
         else:
             log_error(self.broker.logger, text, error)
+
+
+def _undo(message: Message[Any]) -> None:
+    """Drop what a failed attempt published, where that goes out with the settlement only."""
+    undo = getattr(message.link.intake, "undo", None)
+    if undo is not None:
+        undo(message.raw)
 
 
 def _seen(task: asyncio.Future[Any]) -> None:

@@ -22,6 +22,11 @@ POINTS = (
     "after_settle",
     "before_dead_letter",
     "after_dead_letter",
+    # Of a broker with transactions.
+    "transaction_began",
+    "transaction_sent",
+    "transaction_offsets",
+    "transaction_committed",
 )
 
 

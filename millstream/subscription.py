@@ -16,7 +16,7 @@ from .ack import Settlement
 from .delivery import Delivery
 from .driver import Capability, Intake, Sink, SubscriptionSpec
 from .endpoints import Scope
-from .errors import SetupError
+from .errors import Fenced, SetupError
 from .failure import Failures
 from .lanes import Lanes
 from .log import log_error, log_line
@@ -256,7 +256,9 @@ class Subscription:
 
     def _lost(self, error: Exception) -> None:
         """The driver gave the subscription up: build it anew, again and again."""
-        if self.state in (SubscriptionState.RUNNING, SubscriptionState.STARTING):
+        if isinstance(error, Fenced):
+            self._failed(error)
+        elif self.state in (SubscriptionState.RUNNING, SubscriptionState.STARTING):
             self.state = SubscriptionState.RETRYING
             log_line(
                 self.broker.logger,
@@ -264,6 +266,16 @@ class Subscription:
                 f"{self.name}: lost {self.spec.destination}: {error}; subscribing anew",
             )
             self._recovery = asyncio.create_task(self._recover(), name=f"{self.name}-recovery")
+
+    def _failed(self, error: Exception) -> None:
+        """The end of it, while the rest of the broker goes on."""
+        if self.state in (SubscriptionState.STOPPED, SubscriptionState.FAILED):
+            return
+        self.state, self.note = SubscriptionState.FAILED, str(error)
+        log_line(self.broker.logger, "error", f"{self.name}: stopped for good: {error}")
+        intake, self._intake = self._intake, None
+        if intake is not None:
+            self.broker.spawn(intake.close())
 
     def _is(self, state: SubscriptionState) -> bool:
         """Asked anew after each wait: others change the state meanwhile."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack, cast, overload
 
 from ..broker import Broker, BrokerOptions, known_options
@@ -24,6 +25,7 @@ from .client import Client
 from .driver import KafkaDriver
 from .options import KafkaPublication, KafkaPublish, KafkaRequest, KafkaSubscription, Topic
 from .settings import addresses, confluent, producing
+from .transactions import Transactional, check, opened
 
 
 class KafkaConnect(BrokerOptions, total=False):
@@ -40,6 +42,11 @@ class KafkaConnect(BrokerOptions, total=False):
         client_id: our name in the brokers' logs and quotas.
         reply_topic: where answers to requests come; ``millstream.replies``.
         allow_auto_create_topics: make topics that are missing; True.
+        transactional_id: makes each subscription with a group exactly-once; see
+            :class:`KafkaBroker`. The same after a restart, and of this process alone.
+        transaction_timeout_ms: how long a transaction may be open before the cluster aborts it
+            (10,000): so long others wait for what a process left open that died within one and
+            does not come back.
         enable_idempotence: a message that the library sends again is stored once; True.
         acks: only without idempotence: ``all``, 1 or 0.
         compression_type: ``gzip``, ``snappy``, ``lz4``, ``zstd`` or ``none``.
@@ -64,6 +71,8 @@ class KafkaConnect(BrokerOptions, total=False):
     client_id: str | None
     reply_topic: str
     allow_auto_create_topics: bool
+    transactional_id: str | None
+    transaction_timeout_ms: int
     enable_idempotence: bool
     acks: Any
     compression_type: str | None
@@ -138,6 +147,16 @@ class KafkaPublisher(RoutePublisher):
 class KafkaBroker(KafkaEndpoints, Broker):
     """A connection to Kafka, with subscribers and publishers.
 
+    With ``transactional_id`` every subscription with a group is exactly-once: what its handlers
+    publish through this broker, their dead letters and copies for retries included, becomes
+    visible together with the offsets of the messages they handled, or not at all. It goes out
+    when the handler has ended, many messages in one transaction (``transaction_size``,
+    ``transaction_interval_ms``), so a handler's ``publish`` returns no offset; what a failed
+    attempt published is dropped. Side effects outside of Kafka are at-least-once as ever, and a
+    request is sent at once. Outside of a handler ``publish`` sends at once as well; see
+    :meth:`transaction`. Who reads the results reads with ``isolation_level="read_committed"``,
+    the default here.
+
     Args:
         bootstrap_servers: some of its nodes, each ``host:port``.
         options: see :class:`KafkaConnect` and :class:`millstream.broker.BrokerOptions`.
@@ -168,8 +187,16 @@ class KafkaBroker(KafkaEndpoints, Broker):
         def make(down: Callable[[str], None]) -> Client:
             from .confluent import ConfluentClient
 
-            return ConfluentClient(settings, sending, {}, down)
+            return ConfluentClient(settings, sending, {}, down, limit)
 
+        name, limit = given.get("transactional_id"), given.get("transaction_timeout_ms", 10_000)
+        if name is not None and (not name or limit < 1000):
+            raise SetupError(
+                f"transactional_id={name!r}, transaction_timeout_ms={limit}",
+                fix="a name that no other process has, and 1000 or more",
+            )
+        if name is not None and not given.get("enable_idempotence", True):
+            raise SetupError("transactional_id with enable_idempotence=False", fix="leave out one")
         driver = KafkaDriver(
             make,
             ", ".join(given["servers"]),
@@ -177,8 +204,38 @@ class KafkaBroker(KafkaEndpoints, Broker):
             refresh=age / 1000 if age else None,
             create=given.get("allow_auto_create_topics", True),
             reply_topic=given.get("reply_topic", "millstream.replies"),
+            transactional=Transactional(name, limit) if name is not None else None,
+            largest=given.get("max_request_size") or 1_048_576,
         )
         super().__init__(driver, **cast(BrokerOptions, common))
+        self._transactional = name is not None
+
+    def compile(self) -> None:
+        super().compile()
+        if self._transactional:
+            for subscription in self.subscriptions:
+                check(subscription)
+
+    def transaction(self) -> AbstractAsyncContextManager[None]:
+        """``async with broker.transaction():`` what the block publishes becomes visible at its
+        end, all at once; or never, where the block ends with an error.
+
+        For code outside of handlers, which are in a transaction anyway. Nothing is sent before
+        the end, so ``publish`` returns no offset.
+
+        Raises:
+            SetupError: the broker has no ``transactional_id``.
+            StateError: within a handler, or within another transaction.
+            Fenced: at the end: another process has the same ``transactional_id``.
+            MessageTooLarge: at the end: the cluster does not take one of the messages.
+            PublishError: at the end: nothing was stored.
+        """
+        if not self._transactional:
+            raise SetupError(
+                "a transaction without a name",
+                fix="KafkaBroker(transactional_id=...), a name that no other process has",
+            )
+        return opened(self.driver)
 
 
 __all__ = [

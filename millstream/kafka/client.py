@@ -39,6 +39,20 @@ class Broken(Exception):
         self.code, self.fatal = code, fatal
 
 
+class Refused(Broken):
+    """A transaction was aborted because the cluster does not take some of its messages.
+
+    Args:
+        text: why.
+        code: Kafka's name of the error.
+        which: their places among the messages.
+    """
+
+    def __init__(self, text: str, code: str, which: Sequence[int]) -> None:
+        super().__init__(text, code)
+        self.which = which
+
+
 class Plan(msgspec.Struct, frozen=True):
     """How one reader reads.
 
@@ -84,9 +98,17 @@ class Owner(Protocol):
     def failed(self, error: Broken) -> None:
         """The reader reports an error; a fatal one is its end."""
 
+    def fence(self, places: Sequence[Place]) -> None:
+        """These partitions are gone while we were stuck; called in any thread."""
+
 
 class Reader(Protocol):
-    """Reads for one subscription, and tells its :class:`Owner`."""
+    """Reads for one subscription, and tells its :class:`Owner`.
+
+    ``member`` is what the client library knows of our place in the group.
+    """
+
+    member: Any
 
     async def start(self) -> None: ...
     async def close(self) -> None:
@@ -101,6 +123,9 @@ class Reader(Protocol):
     async def commit(self, commits: Sequence[Commit]) -> None:
         """Returns when the group knows; :class:`Broken` if it does not take it."""
 
+    async def refresh(self) -> None:
+        """Bring ``member`` up to date."""
+
     def seek(self, place: Place, offset: int) -> None: ...
 
     async def ends(self, places: Sequence[Place]) -> dict[Place, int]:
@@ -110,6 +135,28 @@ class Reader(Protocol):
     async def times(self, places: Sequence[Place], ms: int) -> dict[Place, int]:
         """The offsets of the first messages that are not older than that."""
         ...
+
+
+class Transactor(Protocol):
+    """A transactional producer; one transaction after another."""
+
+    async def open(self) -> None:
+        """End what the last owner of its name left open, and fence it.
+
+        Raises:
+            Broken: the cluster does not let us.
+        """
+
+    async def run(self, sends: Sequence[Any], commits: Sequence[Commit], member: Any) -> None:
+        """Store messages and offsets at once.
+
+        Raises:
+            Refused: it was aborted, and will be again with the same messages.
+            Broken: it was aborted; or, fatal, it is not known and the producer is of no use any
+                more. ``_FENCED`` says that another process has its name.
+        """
+
+    async def close(self) -> None: ...
 
 
 class Client(Protocol):
@@ -139,6 +186,10 @@ class Client(Protocol):
         """A new producer in place of one that failed for good."""
 
     def reader(self, plan: Plan, owner: Owner) -> Reader: ...
+    def transactor(self, name: str) -> Transactor:
+        """A producer with this transactional id."""
+        ...
+
     async def make(self, topics: Sequence[Topic]) -> list[str]:
         """Make topics that are not there; the names of those that were made."""
         ...

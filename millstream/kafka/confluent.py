@@ -29,8 +29,9 @@ from confluent_kafka import (
 )
 from confluent_kafka import admin as _administration
 
+from .. import killpoints
 from ..letters import REPLAY_TO
-from .client import Broken, Owner, Pairs, Plan, Start
+from .client import Broken, Owner, Pairs, Plan, Refused, Start
 from .message import Record, RecordMetadata
 from .offsets import Commit, Partition, Place
 from .options import Topic
@@ -77,7 +78,8 @@ class ConfluentClient:
         settings: librdkafka's, of everything.
         producing: of the producer besides.
         consuming: of readers besides.
-        down: called on the loop with True and a reason when no broker is reached any more.
+        down: called on the loop with a reason when no broker is reached any more.
+        transaction_timeout_ms: how long a transaction may be open.
     """
 
     @staticmethod
@@ -108,7 +110,9 @@ class ConfluentClient:
         producing: Mapping[str, Any],
         consuming: Mapping[str, Any],
         down: Callable[[str], None],
+        transaction_timeout_ms: int = 10_000,
     ) -> None:
+        self.transaction_timeout_ms = transaction_timeout_ms
         self.settings, self.producing, self.consuming = settings, producing, consuming
         self._down = down
         self._pool: ThreadPoolExecutor | None = None
@@ -375,6 +379,9 @@ class ConfluentClient:
     def reader(self, plan: Plan, owner: Owner) -> ConfluentReader:
         return ConfluentReader(self, plan, owner)
 
+    def transactor(self, name: str) -> ConfluentTransactor:
+        return ConfluentTransactor(self, name)
+
 
 class ConfluentReader:
     """One consumer of the library in a thread of its own."""
@@ -416,6 +423,7 @@ class ConfluentReader:
         self._room.set()
         self._stopping = False
         self._consumer: Any = None
+        self.member: Any = None
         self._ended: asyncio.Future[None] | None = None
         #: What is held back, by place.
         self._halted: set[Place] = set()
@@ -428,6 +436,7 @@ class ConfluentReader:
         except KafkaException as error:
             raise broken(error) from error
         self._ended = self.loop.create_future()
+        self.member = self._consumer.consumer_group_metadata()
         thread = threading.Thread(target=self._live, name="kafka-reader", daemon=True)
         if self.plan.partitions or self.plan.group is None:
             await self.client.ask(self._take, True)
@@ -466,6 +475,13 @@ class ConfluentReader:
         for partition in await self._order(commit) or ():
             if partition.error is not None:
                 raise broken(partition.error)
+
+    async def refresh(self) -> None:
+        await self._order(self._refresh)
+
+    def _refresh(self) -> None:
+        # Only in the reader's thread, or it waits for ever.
+        self.member = self._consumer.consumer_group_metadata()
 
     def seek(self, place: Place, offset: int) -> None:
         self._order(functools.partial(self._consumer.seek, TopicPartition(*place, offset)))
@@ -621,6 +637,7 @@ class ConfluentReader:
         ]
 
     def _on_assign(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+        self._refresh()
         starts = self._starts([TopicPartition(p.topic, p.partition) for p in partitions])
         self._await(self.owner.gained(starts))
         begin = [TopicPartition(*s[:3]) for s in starts]
@@ -638,7 +655,10 @@ class ConfluentReader:
 
     def _losing(self, places: list[Place], *, gone: bool) -> list[Commit]:
         self._halted.difference_update(places)
-        return self._await(self.owner.losing(places, gone=gone)) or []
+        commits = self._await(self.owner.losing(places, gone=gone))
+        if commits is None:  # the loop is stuck, and the group does not wait
+            self.owner.fence(places)
+        return commits or []
 
     def _commit_last(self, commits: list[Commit]) -> None:
         if commits:
@@ -654,14 +674,170 @@ class ConfluentReader:
         except RuntimeError:  # the loop is closed
             work.close()
             return None
+        end = time.monotonic() + self.budget
         try:
-            return future.result(self.budget)
+            while True:
+                try:
+                    return future.result(0.02)
+                except TimeoutError:
+                    if future.done() or time.monotonic() > end:
+                        raise
+                    self._obey()  # it may wait for one of its orders
         except Exception as error:
             log.debug("on the loop: %r", error)
             return None
 
     def _on_error(self, error: KafkaError) -> None:
         self.client._on_error(error)
+
+
+#: Errors of messages that no cluster will take, however often they are sent.
+_REFUSALS = {
+    "MSG_SIZE_TOO_LARGE",
+    "RECORD_LIST_TOO_LARGE",
+    "INVALID_MSG",
+    "INVALID_RECORD",
+    "TOPIC_AUTHORIZATION_FAILED",
+    "TOPIC_EXCEPTION",
+    "UNKNOWN_TOPIC_OR_PART",
+    "_UNKNOWN_TOPIC",
+    "_UNKNOWN_PARTITION",
+}
+
+
+class ConfluentTransactor:
+    """A transactional producer of the library, in a thread of its own."""
+
+    def __init__(self, client: ConfluentClient, name: str) -> None:
+        limit = client.transaction_timeout_ms
+        self.settings = {
+            **client.settings,
+            **client.producing,
+            "error_cb": client._on_error,
+            "enable.idempotence": True,
+            "acks": "all",
+            "transactional.id": name,
+            "transaction.timeout.ms": limit,
+            # Nothing may wait longer than the transaction does.
+            "message.timeout.ms": min(client.producing["message.timeout.ms"], limit),
+            "socket.timeout.ms": min(client.settings["socket.timeout.ms"], limit),
+            "delivery.report.only.error": True,
+        }
+        self._limit = limit / 1000
+        self._pool = ThreadPoolExecutor(1, "kafka-transactions")
+        self._producer: Any = None
+        self._began = killpoints.kill_point("transaction_began")
+        self._sent = killpoints.kill_point("transaction_sent")
+        self._told = killpoints.kill_point("transaction_offsets")
+        self._committed = killpoints.kill_point("transaction_committed")
+
+    async def open(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._pool, self._open)
+
+    def _open(self) -> None:
+        try:
+            self._producer = Producer(self.settings)
+            # Longer than the cluster needs to abort what the last owner of the name left.
+            self._patiently(self._producer.init_transactions, self._limit + 20.0)
+        except KafkaException as error:
+            raise broken(error) from error
+
+    async def run(self, sends: Sequence[Any], commits: Sequence[Commit], member: Any) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._pool, self._run, sends, commits, member)
+        except RuntimeError as error:  # closed meanwhile
+            raise Broken(str(error), "_STATE", True) from error
+
+    def _run(self, sends: Sequence[Any], commits: Sequence[Commit], member: Any) -> None:
+        began = time.monotonic()
+        refused: dict[int, str] = {}
+        try:
+            self._transact(sends, commits, member, refused)
+        except (KafkaException, BufferError, ValueError, TypeError) as error:
+            problem = broken(error)
+            if not problem.fatal:
+                try:
+                    self._patiently(self._producer.abort_transaction, self._limit)
+                    # The library's own numbering has gaps now, at which it stumbles later.
+                    self._open()
+                except (KafkaException, Broken) as second:
+                    problem = second if isinstance(second, Broken) else broken(second)
+                    problem.fatal = True
+            if problem.fatal and time.monotonic() > began + self._limit * 0.9:
+                # The cluster aborted it, which looks the same as another owner of the name.
+                problem = Broken(f"open for too long: {problem}", "_EXPIRED", True)
+            if refused and not problem.fatal:
+                codes = next(iter(refused.values()))
+                raise Refused(str(problem), codes, list(refused)) from error
+            raise problem from error
+
+    def _transact(
+        self,
+        sends: Sequence[Any],
+        commits: Sequence[Commit],
+        member: Any,
+        refused: dict[int, str],
+    ) -> None:
+        producer = self._producer
+        producer.begin_transaction()
+        if self._began is not None:
+            self._began()
+        end = time.monotonic() + self._limit
+        for number, (topic, value, key, pairs, partition, timestamp_ms) in enumerate(sends):
+            more: dict[str, Any] = {}
+            if pairs:
+                more["headers"] = pairs
+            if partition is not None:
+                more["partition"] = partition
+            if timestamp_ms is not None:
+                more["timestamp"] = timestamp_ms
+            report = functools.partial(_report_refusal, refused, number)
+            while True:
+                try:
+                    producer.produce(topic, value, key, on_delivery=report, **more)
+                    break
+                except BufferError:
+                    if time.monotonic() > end:
+                        raise
+                    producer.poll(0.05)
+                except KafkaException as error:
+                    if broken(error).code in _REFUSALS:
+                        refused[number] = broken(error).code
+                    raise
+        if self._sent is not None:
+            producer.flush(self._limit)
+            self._sent()
+        if commits:
+            send = functools.partial(
+                producer.send_offsets_to_transaction, _offsets(commits), member
+            )
+            self._patiently(send, self._limit)
+        if self._told is not None:
+            self._told()
+        self._patiently(producer.commit_transaction, self._limit)
+        if self._committed is not None:
+            self._committed()
+
+    def _patiently(self, call: Callable[[float], Any], seconds: float) -> None:
+        """Call again what did not end in time, which goes on then where it was."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                call(min(seconds, ASK))
+                return
+            except KafkaException as error:
+                if not error.args[0].retriable() or time.monotonic() > end:
+                    raise
+
+    async def close(self) -> None:
+        self._producer = None
+        self._pool.shutdown(wait=False)
+
+
+def _report_refusal(refused: dict[int, str], number: int, error: Any, message: Any) -> None:
+    if error is not None and error.name() in _REFUSALS:
+        refused[number] = error.name()
 
 
 def _some(consumer: Any) -> list[Any]:
@@ -706,4 +882,4 @@ _OPTIONS = {
     "max_partition_fetch_bytes": "max.partition.fetch.bytes",
     "check_crcs": "check.crcs",
 }
-__all__ = ["ConfluentClient", "ConfluentReader", "broken"]
+__all__ = ["ConfluentClient", "ConfluentReader", "ConfluentTransactor", "broken"]

@@ -14,6 +14,7 @@ from ..clock import Clock, LoopClock
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import (
     ConnectError,
+    Fenced,
     MessageTooLarge,
     NotConnected,
     PublishError,
@@ -22,13 +23,14 @@ from ..errors import (
     SetupError,
 )
 from ..message import Message, new_id
-from .client import Broken, Client, Plan
+from .client import Broken, Client, Plan, Transactor
 from .flow import Flow
 from .letters import KafkaLetters
 from .message import KafkaMessage, Record, RecordMetadata
 from .offsets import Place
 from .options import SYNTAX, KafkaPublication, KafkaPublish, KafkaSubscription, Topic
 from .retries import Retries, names, topics
+from .transactions import Send, Transactional, TransactionalFlow, unit_of
 
 #: Seconds between two looks whether the cluster is back.
 LOOK = 0.5
@@ -50,6 +52,8 @@ class KafkaDriver:
         refresh: seconds between two looks for new topics and partitions.
         create: whether topics are made that are not there.
         reply_topic: where answers to requests come.
+        transactional: what is said of transactions, if there are to be any.
+        largest: bytes of the largest message that the producer takes.
     """
 
     name: ClassVar[str] = "kafka"
@@ -66,11 +70,16 @@ class KafkaDriver:
         refresh: float | None = None,
         create: bool = True,
         reply_topic: str = "millstream.replies",
+        transactional: Transactional | None = None,
+        largest: int = 1_048_576,
     ) -> None:
         self.client: Client = make(self._down)
         self._where = where
         self.publish_timeout, self.refresh, self.create = publish_timeout, refresh, create
         self.reply_topic = reply_topic
+        self.transactional, self._largest = transactional, largest
+        self._transactor: Transactor | None = None
+        self._transacting = asyncio.Lock()
         self.clock: Clock = LoopClock()
         self.notify: Callable[[str, str], None] = lambda event, reason: None
         self.flows: set[Flow] = set()
@@ -106,6 +115,9 @@ class KafkaDriver:
         replies, self._replies = self._replies, None
         if replies is not None:
             await replies.close()
+        if self._transactor is not None:
+            await self._transactor.close()
+            self._transactor = None
         for task in list(self._tasks):
             task.cancel()
         if self._connected:
@@ -194,7 +206,9 @@ class KafkaDriver:
         self, spec: SubscriptionSpec, sink: Sink, lost: Callable[[Exception], None]
     ) -> Intake:
         assert isinstance(spec, KafkaSubscription)
-        flow = Flow(self, spec, sink, lost, self.plan(spec))
+        exactly_once = self.transactional is not None and spec.group_id is not None
+        kind = TransactionalFlow if exactly_once else Flow
+        flow = kind(self, spec, sink, lost, self.plan(spec))
         self.flows.add(flow)
         try:
             await flow.start()
@@ -213,6 +227,17 @@ class KafkaDriver:
     ) -> RecordMetadata | asyncio.Future[RecordMetadata] | None:
         if command.reply_to:
             headers = {**(headers or {}), "reply_to": command.reply_to}
+        if self.transactional is not None:
+            unit = unit_of(self)
+            if unit is not None:
+                receipt = unit.add(self._as_send(command, data, headers), self._largest)
+                return _confirmed(receipt) if command.no_confirm else receipt
+        return await self._publish(command, data, headers)
+
+    async def _publish(
+        self, command: KafkaPublish, data: bytes, headers: dict[str, str] | None
+    ) -> RecordMetadata | asyncio.Future[RecordMetadata]:
+        """Send at once, outside of any transaction."""
         future = self._offer(command, data, headers)
         if future is None:
             future = await self._offered(command, data, headers)
@@ -242,23 +267,26 @@ class KafkaDriver:
                 state="not connected",
                 wanted="connected",
             )
-        topic = command.destination
-        if not topic:
-            raise SetupError("a message to nowhere", fix="name a topic")
-        key = command.key
         try:
-            return self.client.send(
-                topic,
-                data if data or command.message is not None else None,
-                key.encode() if isinstance(key, str) else key,
-                [(name, text.encode()) for name, text in headers.items()] if headers else [],
-                command.partition,
-                command.timestamp_ms,
-            )
+            return self.client.send(*self._as_send(command, data, headers))
         except BufferError:
             return None
         except Broken as error:
             raise self._unsent(command, error) from error
+
+    def _as_send(self, command: KafkaPublish, data: bytes, headers: dict[str, str] | None) -> Send:
+        topic = command.destination
+        if not topic:
+            raise SetupError("a message to nowhere", fix="name a topic")
+        key = command.key
+        return Send(
+            topic,
+            data if data or command.message is not None else None,
+            key.encode() if isinstance(key, str) else key,
+            [(name, text.encode()) for name, text in headers.items()] if headers else [],
+            command.partition,
+            command.timestamp_ms,
+        )
 
     async def _offered(
         self, command: KafkaPublish, data: bytes, headers: dict[str, str] | None
@@ -295,6 +323,37 @@ class KafkaDriver:
         with contextlib.suppress(Broken):
             await self.client.renew()
 
+    async def transact(self, sends: Sequence[Send]) -> None:
+        """Store messages at once, or none of them.
+
+        Raises:
+            Fenced: another process has the same transactional id.
+            MessageTooLarge: one of them is too large; none is stored.
+            PublishError: none of them is stored.
+        """
+        assert self.transactional is not None
+        async with self._transacting:
+            name = f"{self.transactional.id}.publish"
+            if self._transactor is None:
+                transactor = self.client.transactor(name)
+                try:
+                    await transactor.open()
+                except Broken as error:
+                    await transactor.close()
+                    raise PublishError(f"no transaction: {error}") from error
+                self._transactor = transactor
+            try:
+                await self._transactor.run(sends, (), None)
+            except Broken as error:
+                if error.code == "_FENCED":
+                    text = f"another process has the transactional id {name!r}"
+                    raise Fenced(f"{text}; each process needs one of its own") from error
+                if error.fatal:
+                    await self._transactor.close()
+                    self._transactor = None
+                kind = MessageTooLarge if "TOO_LARGE" in error.code else PublishError
+                raise kind(f"the transaction was aborted: {error}") from error
+
     # Requests
 
     async def request(
@@ -314,7 +373,8 @@ class KafkaDriver:
         command.reply_to, command.timeout = self.reply_topic, timeout
         command.no_confirm = False
         try:
-            await self.publish(command, data, headers)
+            # A request in a transaction would be seen only after its answer is there.
+            await self._publish(command, data, {**headers, "reply_to": self.reply_topic})
             return await future
         finally:
             timer.cancel()
@@ -371,6 +431,12 @@ def literal(spec: KafkaSubscription) -> str:
         return text
     text = re.sub(r"\\(.)", r"\1", text).replace("*", "any")
     return re.sub(r"\.{2,}", ".", re.sub(r"[^a-zA-Z0-9._-]", "", text)).strip(".")
+
+
+def _confirmed(receipt: RecordMetadata) -> asyncio.Future[RecordMetadata]:
+    future: asyncio.Future[RecordMetadata] = asyncio.get_running_loop().create_future()
+    future.set_result(receipt)
+    return future
 
 
 def _expire(future: asyncio.Future[Any], error: Exception) -> None:

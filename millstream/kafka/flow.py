@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..ack import Settlement
 from ..driver import CANCELLED, Capability, Sink
@@ -38,6 +38,8 @@ _MISSING = ("UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "UN
 
 class Flow:
     """One subscription: what was read waits here, and is given to the sink one after another."""
+
+    partition: ClassVar[type[Partition]] = Partition
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class Flow:
     async def gained(self, starts: Sequence[Start]) -> None:
         for start in starts:
             place = Place(start.topic, start.partition)
-            part = self.parts[place] = Partition(place, start.offset, start.note)
+            part = self.parts[place] = self.partition(place, start.offset, start.note)
             if part.crashes:
                 self._careful_until = asyncio.get_running_loop().time() + CAREFUL_FOR
         self._assigned.set()
@@ -128,9 +130,10 @@ class Flow:
         # What was read but not begun belongs to the next owner.
         self.buffer = deque(r for r in self.buffer if r.part not in parts)
         self._look_for_room()
-        if self.settles and not gone:
+        orderly = self.settles and not gone
+        if orderly:
             await self._call(("on_revoke", "on_partitions_revoked"), places)
-            await self._finish(parts)
+            orderly = await self._finish(parts)
         commits = [part.commit(leaving=True) for part in parts]
         for part in parts:
             part.fenced = True
@@ -147,17 +150,25 @@ class Flow:
                 self.spec.destination,
                 len(parts),
             )
-        return commits if self.settles and not gone else []
+        return commits if orderly else []
 
-    async def _finish(self, parts: list[Partition]) -> None:
-        """Let what runs of some partitions end, within the time for that."""
-        if not any(part.running for part in parts):
-            return
+    def fence(self, places: Sequence[Place]) -> None:
+        for place in places:
+            part = self.parts.get(place)
+            if part is not None:
+                part.fenced = True
+
+    async def _finish(self, parts: list[Partition]) -> bool:
+        """Let what runs of some partitions end, within the time for that.
+
+        Returns whether what is done of them may be committed.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.spec.revoke_timeout_ms / 1000):
                 while any(part.running for part in parts) and not self.halted:
                     self._freed.clear()
                     await self._freed.wait()
+        return True
 
     async def _call(self, names: tuple[str, ...], places: Sequence[Any]) -> None:
         """Call the user's own functions with the partitions."""

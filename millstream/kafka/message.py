@@ -37,6 +37,7 @@ class Record(msgspec.Struct, gc=False, eq=False):
         given: whether a handler has it, or had it and did not settle it.
         done: whether it is settled for good.
         due: clock time before which it is not handled.
+        unit: what was published while it was handled, in a transaction.
     """
 
     part: Partition | None
@@ -54,6 +55,7 @@ class Record(msgspec.Struct, gc=False, eq=False):
     given: bool = False
     done: bool = False
     due: float = 0.0
+    unit: Any = None
 
 
 def decoded(pairs: Sequence[tuple[str, bytes | None]] | None) -> Mapping[str, str]:

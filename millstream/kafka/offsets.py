@@ -10,7 +10,7 @@ whether the owner let go of the partition in order or vanished.
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import msgspec
 
@@ -95,6 +95,8 @@ class Partition:
         "suspects",
         "tries",
     )
+    #: Whether what is done beyond a gap is noted, so that it is not done again.
+    notes_done: ClassVar[bool] = True
 
     def __init__(self, place: Place, start: int, note: str | None) -> None:
         known = _read(note)
@@ -158,15 +160,20 @@ class Partition:
             if self.crashes and self.committable >= self.suspects:
                 self.crashes = 0
 
-    def commit(self, *, leaving: bool = False) -> Commit:
-        """What the group is to be told now; ``leaving`` lets go of the partition in order."""
-        base = self.committable
+    def commit(self, *, leaving: bool = False, base: int | None = None) -> Commit:
+        """What the group is to be told now; ``leaving`` lets go of the partition in order.
+
+        ``base`` is the offset before which everything is done, where that is not known yet.
+        """
+        base = self.committable if base is None else base
         note = Note()
         if not leaving:
             note.c = self.crashes
             note.h = max(self.given + SUSPECTS - base, 0) or 1
         first = -1
         for record in self.open:
+            if record.offset < base or (record.done and not self.notes_done):
+                continue
             if record.done:
                 if first < 0:
                     first = record.offset

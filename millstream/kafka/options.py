@@ -168,6 +168,9 @@ class KafkaOptions(SubscriptionSpec, frozen=True, kw_only=True):
             finished without a gap is committed.
         revoke_timeout_ms: how long messages that run may take to finish when their partition goes
             to another member; what takes longer runs there again.
+        transaction_size: with a ``transactional_id``: a transaction is committed when so many
+            messages are handled.
+        transaction_interval_ms: the same: or so long after the last one.
         window: how many messages of a partition may be read ahead of the oldest that is not done.
         group_protocol: ``classic``, or ``consumer`` for the one of KIP-848.
         partition_assignment_strategy: of the classic protocol; names, or aiokafka's classes.
@@ -198,6 +201,8 @@ class KafkaOptions(SubscriptionSpec, frozen=True, kw_only=True):
     auto_offset_reset: str | None = None
     auto_commit_interval_ms: int = 1000
     revoke_timeout_ms: int = 10_000
+    transaction_size: int = 500
+    transaction_interval_ms: int = 100
     window: int = 10_000
     group_protocol: Literal["classic", "consumer"] = "classic"
     partition_assignment_strategy: Any = None

@@ -1,0 +1,508 @@
+"""Exactly-once: what handlers publish, and the offsets of what they handled, all at once.
+
+Nothing is sent while a handler runs: what it publishes waits with its message, a failed attempt's
+is dropped, and messages that are done without a gap before them go out together, many in one
+transaction. So a transaction is open for milliseconds, no handler waits for one, and one that is
+aborted is sent again without any handler having to run again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from ..ack import AckPolicy, Settlement
+from ..errors import Fenced, MessageTooLarge, PublishError, SetupError, StateError
+from ..message import current
+from .client import Broken, Pairs, Plan, Refused, Transactor
+from .flow import Flow
+from .message import Record, RecordMetadata
+from .offsets import Commit, Partition, Place
+
+if TYPE_CHECKING:
+    from ..driver import Sink
+    from ..subscription import Subscription
+    from .driver import KafkaDriver
+    from .options import KafkaSubscription
+
+log = logging.getLogger("millstream.kafka")
+
+#: Seconds between two tries of a transaction that was aborted, at first and at most.
+AGAIN, AGAIN_MOST = 0.1, 2.0
+
+
+class Transactional(msgspec.Struct, frozen=True):
+    """What a broker says of its transactions.
+
+    Fields:
+        id: what the names of its transactional producers begin with.
+        timeout_ms: how long one may be open before the cluster aborts it.
+    """
+
+    id: str
+    timeout_ms: int
+
+
+class Send(NamedTuple):
+    """One message that waits for its transaction."""
+
+    topic: str
+    value: bytes | None
+    key: bytes | None
+    pairs: Pairs
+    partition: int | None
+    timestamp_ms: int | None
+
+
+class Unit:
+    """Messages that are handled together, mostly one, and what was published meanwhile.
+
+    Args:
+        owner: the message, or the batch, that its handler has.
+        records: what is done when this may go out; none for an explicit transaction.
+    """
+
+    __slots__ = ("alone", "kept", "owner", "records", "refusal", "sends")
+
+    def __init__(self, owner: Any, records: list[Record]) -> None:
+        self.owner, self.records = owner, records
+        self.sends: list[Send] = []
+        #: How many of them a later failure does not take back.
+        self.kept = 0
+        #: It goes out in a transaction of its own, since one with others was refused.
+        self.alone = False
+        #: Why the cluster did not take what the last attempt published.
+        self.refusal: Broken | None = None
+
+    def drop(self) -> None:
+        """Forget what was published since the last success."""
+        del self.sends[self.kept :]
+
+    def add(self, send: Send, largest: int) -> RecordMetadata:
+        """Have a message wait.
+
+        Raises:
+            MessageTooLarge: it is larger than the producer takes.
+            PublishError: the cluster refused what the last attempt published.
+        """
+        refusal, self.refusal = self.refusal, None
+        if refusal is not None:
+            kind = MessageTooLarge if "TOO_LARGE" in refusal.code else PublishError
+            raise kind(f"{send.topic!r} was not published: {refusal}")
+        size = len(send.value or b"") + len(send.key or b"")
+        size += sum(len(name) + len(value) for name, value in send.pairs)
+        if size > largest:
+            raise MessageTooLarge(f"{send.topic!r}: {size} bytes, at most {largest} are taken")
+        self.sends.append(send)
+        partition = -1 if send.partition is None else send.partition
+        return RecordMetadata(send.topic, partition, -1)
+
+
+#: The explicit transaction that the running task is in.
+_opened: ContextVar[tuple[KafkaDriver, Unit] | None] = ContextVar("kafka_transaction", default=None)
+
+
+def unit_of(driver: KafkaDriver) -> Unit | None:
+    """Where a publication of the running task is to wait; None where it goes out at once."""
+    opened = _opened.get()
+    if opened is not None and opened[0] is driver:
+        return opened[1]
+    message = current.get()
+    if message is None or message.settled is not None:
+        return None
+    raw = message.raw
+    records: list[Record] = raw if isinstance(raw, list) else [raw]
+    if not records or not isinstance(getattr(records[0], "part", None), TransactionalPartition):
+        return None
+    if message.link.driver is not driver:
+        return None
+    unit: Unit | None = records[0].unit
+    if unit is None or unit.owner is not message:
+        known: Iterable[Unit | None] = (record.unit for record in records)
+        refusal = next((u.refusal for u in known if u is not None and u.refusal), None)
+        unit = Unit(message, list(records))
+        unit.refusal = refusal
+        for record in records:
+            record.unit = unit
+    return unit
+
+
+class TransactionalPartition(Partition):
+    """A partition whose messages stay until their transaction is committed."""
+
+    __slots__ = ()
+    notes_done = False
+
+    def finish(self, record: Record) -> None:
+        record.done = True
+
+    def ready(self) -> int:
+        """How many messages are done without a gap."""
+        count = 0
+        for record in self.open:
+            if not record.done:
+                break
+            count += 1
+        return count
+
+    def behind(self, count: int) -> int:
+        """The offset behind the first messages."""
+        return self.open[count - 1].offset + 1 if count else self.committable
+
+    def advance(self, count: int) -> None:
+        """The first messages are done, and the group knows."""
+        for _ in range(count):
+            self.committable = self.open.popleft().offset + 1
+        if self.crashes and self.committable >= self.suspects:
+            self.crashes = 0
+
+
+class Taking(NamedTuple):
+    """What goes into one transaction: the units, and how many messages of each partition."""
+
+    units: list[Unit]
+    counts: dict[TransactionalPartition, int]
+
+
+def take(parts: Iterable[TransactionalPartition]) -> Taking:
+    """What can go out now: units of which everything is done, and nothing before it is missing."""
+    parts = [part for part in parts if not part.fenced and part.open]
+    lone = _lone(parts)
+    if lone is not None:
+        return lone
+    counts = {part: part.ready() for part in parts}
+    changed = True
+    while changed:  # a unit that has to wait keeps back what is behind it
+        changed = False
+        for part, count in counts.items():
+            for index, record in enumerate(itertools.islice(part.open, count)):
+                unit = record.unit
+                if unit is not None and (unit.alone or not _covered(unit, counts)):
+                    counts[part], changed = index, True
+                    break
+    units: dict[int, Unit] = {}
+    for part, count in counts.items():
+        for record in itertools.islice(part.open, count):
+            if record.unit is not None:
+                units[id(record.unit)] = record.unit
+    return Taking(list(units.values()), {part: n for part, n in counts.items() if n})
+
+
+def _lone(parts: list[TransactionalPartition]) -> Taking | None:
+    """A unit that goes by itself, where it is the first of all its partitions."""
+    for part in parts:
+        unit: Unit | None = part.open[0].unit
+        if unit is None or not unit.alone or not all(r.done for r in unit.records):
+            continue
+        counts: dict[TransactionalPartition, int] = {}
+        for record in unit.records:
+            assert isinstance(record.part, TransactionalPartition)
+            counts[record.part] = counts.get(record.part, 0) + 1
+        firsts = (r for p, n in counts.items() for r in itertools.islice(p.open, n))
+        if all(record.unit is unit for record in firsts):
+            return Taking([unit], counts)
+    return None
+
+
+def _covered(unit: Unit, counts: dict[TransactionalPartition, int]) -> bool:
+    """Whether all messages of a unit are among those that are taken."""
+    if len(unit.records) == 1:
+        return True
+    for record in unit.records:
+        part = record.part
+        assert isinstance(part, TransactionalPartition)
+        if not record.done or record.offset >= part.behind(counts.get(part, 0)):
+            return False
+    return True
+
+
+class TransactionalFlow(Flow):
+    """A subscription whose messages are handled exactly once, as far as Kafka can see."""
+
+    partition = TransactionalPartition
+
+    def __init__(
+        self,
+        driver: KafkaDriver,
+        spec: KafkaSubscription,
+        sink: Sink,
+        lost: Callable[[Exception], None],
+        plan: Plan,
+    ) -> None:
+        super().__init__(driver, spec, sink, lost, plan)
+        assert driver.transactional is not None
+        base = f"{driver.transactional.id}.{plan.group}.{spec.destination}"
+        taken: set[str] = {
+            flow.name for flow in driver.flows if isinstance(flow, TransactionalFlow)
+        }
+        names = itertools.chain([base], (f"{base}.{n}" for n in itertools.count(2)))
+        #: The producer's transactional id: the same after a restart.
+        self.name: str = next(name for name in names if name not in taken)
+        self.transactor: Transactor = driver.client.transactor(self.name)
+        self._committing = asyncio.Lock()
+        self._cut = asyncio.Event()
+        self._finished = 0
+        self._noted = 0.0
+        #: Another process has our name: nothing is committed any more.
+        self._dead = False
+        self._failures = 0
+
+    async def start(self) -> None:
+        # First of all: what the last owner of this name left open is ended by this.
+        await self.transactor.open()
+        await super().start()
+
+    async def settle(
+        self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
+    ) -> None:
+        record: Record = raw
+        unit: Unit | None = record.unit
+        part = record.part
+        if part is not None and part.fenced:
+            return  # its next owner handles it, and publishes
+        if how is Settlement.NACK and options.get("attempt") is None:
+            if unit is not None:
+                unit.records.remove(record)
+                record.unit = None
+            await super().settle(record, how, delay, **options)
+            return
+        if how is Settlement.NACK:  # its copy in a retry topic goes out with its offset
+            unit = record.unit = unit or Unit(None, [record])
+            token = _opened.set((self.driver, unit))
+            try:
+                await super().settle(record, how, delay, **options)
+            finally:
+                _opened.reset(token)
+        else:
+            await super().settle(record, how, delay, **options)
+        if record.unit is not None:
+            record.unit.kept = len(record.unit.sends)
+        self._finished += 1
+        if self._finished >= self.spec.transaction_size:
+            self._cut.set()
+
+    def undo(self, raw: Any) -> None:
+        """An attempt failed: what it published is dropped."""
+        records: list[Record] = raw if isinstance(raw, list) else [raw]
+        unit: Unit | None = records[0].unit if records else None
+        if unit is not None and (isinstance(raw, list) or len(unit.records) == 1):
+            unit.drop()
+
+    # Committing
+
+    async def _commit_now_and_then(self) -> None:
+        interval, size = self.spec.transaction_interval_ms / 1000, self.spec.transaction_size
+        while not self._dead:
+            self._cut.clear()
+            if self._finished < size:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(interval):
+                        await self._cut.wait()
+            if not self._dirty:
+                continue
+            if not await self.transact():
+                self._failures += 1
+                await asyncio.sleep(min(AGAIN * 2 ** min(self._failures, 10), AGAIN_MOST))
+            else:
+                self._failures = 0
+
+    async def commit(self) -> None:
+        """Tell the group what is done."""
+        await self.transact()
+
+    async def transact(self) -> bool:
+        """Send what is ready in a transaction; False if that has to be tried again."""
+        async with self._committing:
+            if self._dead:
+                return True
+            self._dirty, self._finished = False, 0
+            taking = take(self.parts.values())  # type: ignore[arg-type]
+            sends = [send for unit in taking.units for send in unit.sends]
+            if not sends and not (taking.counts and self.plan.partitions):
+                await self._commit_plainly(taking)
+                self._look_for_more(taking)
+                return True
+            member = self.reader.member
+            commits = [p.commit(base=p.behind(n)) for p, n in taking.counts.items()]
+            try:
+                await self.transactor.run(sends, commits, member)
+            except Broken as error:
+                self._dirty = True
+                return await self._aborted(error, taking)
+            self._advance(taking)
+            for commit in commits:
+                part = self.parts.get(Place(commit.topic, commit.partition))
+                if part is not None:  # not gone meanwhile
+                    part.committed = commit
+            self._look_for_more(taking)
+            return True
+
+    def _look_for_more(self, taking: Taking) -> None:
+        """Go on at once where something that is done had to wait for this transaction."""
+        if any(part.open and part.open[0].done for part in self.parts.values()):
+            self._dirty = True
+            if taking.counts:
+                self._finished = self.spec.transaction_size
+
+    def _advance(self, taking: Taking) -> None:
+        for part, count in taking.counts.items():
+            part.advance(count)
+            if part.paused and len(part.open) < self.spec.window // 2:
+                part.paused = False
+                if not part.fenced:
+                    self.reader.halt(part.place, False)
+
+    async def _commit_plainly(self, taking: Taking) -> None:
+        """Nothing is to be published: the group's own commit is cheaper."""
+        self._advance(taking)
+        now = asyncio.get_running_loop().time()
+        if taking.counts or now > self._noted + self.spec.auto_commit_interval_ms / 1000:
+            self._noted = now
+            await super().commit()
+        else:
+            self._dirty = True
+
+    async def _aborted(self, error: Broken, taking: Taking) -> bool:
+        """Nothing of a transaction is visible; what now?"""
+        if error.code == "_FENCED":
+            self._dead = True
+            self._lose(
+                Fenced(
+                    f"{self.spec.destination}: another process has the transactional id "
+                    f"{self.name!r}; each process needs a transactional_id= of its own"
+                )
+            )
+            return True
+        if error.fatal:
+            self._dead = True
+            self._lose(error)
+            return True
+        log.debug("%s: transaction aborted: %s", self.spec.destination, error)
+        if isinstance(error, Refused):
+            self._blame(error, taking)
+            return True
+        self.driver.notify("error", f"{self.spec.destination}: transaction aborted: {error}")
+        with contextlib.suppress(Broken, TimeoutError):
+            async with asyncio.timeout(2.0):
+                await self.reader.refresh()
+        return False
+
+    def _blame(self, error: Refused, taking: Taking) -> None:
+        """Find whose messages the cluster refused; those are handled again, and told why."""
+        blamed: list[Unit] = []
+        number = 0
+        for unit in taking.units:
+            if any(number <= at < number + len(unit.sends) for at in error.which):
+                blamed.append(unit)
+            number += len(unit.sends)
+        for unit in blamed:
+            if not unit.alone:  # others of the same request are refused with it
+                unit.alone = True
+                continue
+            for record in reversed(unit.records):
+                fresh = record.unit = Unit(None, [record])
+                fresh.refusal = error
+                self._give_again(record)
+
+    def _give_again(self, record: Record) -> None:
+        """Have a message handled once more that was done already."""
+        record.done = record.given = False
+        record.count, record.tries = max(record.count, record.tries) + 1, 0
+        record.unusual = True
+        self._again(record)
+
+    # Partitions that go
+
+    async def losing(self, places: Sequence[Place], *, gone: bool) -> list[Commit]:
+        commits = await super().losing(places, gone=gone)
+        broken = {
+            id(unit): unit
+            for part in self.parts.values()
+            for record in part.open
+            if (unit := record.unit) is not None and any(r.part.fenced for r in unit.records)
+        }
+        for unit in broken.values():  # the others of a batch: their result cannot go out any more
+            for record in reversed(unit.records):
+                record.unit = None
+                if record.done and not record.part.fenced:
+                    self._give_again(record)
+        return commits
+
+    async def _finish(self, parts: list[Partition]) -> bool:
+        """Let what runs end, and bring what is done over the line."""
+        await super()._finish(parts)
+        if self._dead:
+            return False
+        return await self.transact() and not self._dead
+
+    async def close(self) -> None:
+        await super().close()
+        await self.transactor.close()
+
+
+@contextlib.asynccontextmanager
+async def opened(driver: KafkaDriver) -> AsyncIterator[None]:
+    """What the block publishes becomes visible at its end, all at once; see the broker.
+
+    Raises:
+        StateError: the task is in a transaction already.
+        Fenced: another process has the same transactional id.
+        PublishError: the transaction was aborted.
+    """
+    if _opened.get() is not None or unit_of(driver) is not None:
+        raise StateError("a transaction within another", wanted="outside of a transaction")
+    unit = Unit(None, [])
+    token = _opened.set((driver, unit))
+    try:
+        yield
+    finally:
+        _opened.reset(token)
+    if unit.sends:
+        await driver.transact(unit.sends)
+
+
+def check(subscription: Subscription) -> None:
+    """Raise a :class:`SetupError` for what cannot be exactly once."""
+    spec: Any = subscription.spec
+    if spec.group_id is None:
+        return
+    policy = subscription.failing.policy
+    if policy in (AckPolicy.MANUAL, AckPolicy.ACK_FIRST):
+        raise SetupError(
+            f"ack_policy={policy} in a transaction, which begins with the handler's first "
+            "publication and ends with its acknowledgement",
+            where=subscription.where,
+            fix="leave ack_policy out, or use a broker without transactional_id=",
+        )
+    if spec.isolation_level != "read_committed":
+        raise SetupError(
+            f"isolation_level={spec.isolation_level!r} in a transaction, whose offsets might be "
+            "those of one that is aborted yet",
+            where=subscription.where,
+            fix="leave isolation_level out",
+        )
+    if spec.transaction_size < 1 or spec.transaction_interval_ms <= 0:
+        raise SetupError(
+            f"transaction_size={spec.transaction_size}, "
+            f"transaction_interval_ms={spec.transaction_interval_ms}",
+            where=subscription.where,
+            fix="both are above 0",
+        )
+    for handler in subscription.subscriber.handlers:
+        for publisher in handler.publishers:
+            target = publisher.publication(subscription.scope.chain).broker
+            if target is not subscription.broker:
+                raise SetupError(
+                    f"{publisher.spec.destination!r} belongs to {target.driver.describe()}, "
+                    "which the transaction does not reach",
+                    where=subscription.where,
+                    fix="use a publisher of this broker, or a broker without transactional_id= "
+                    "where a message may be published twice",
+                )
