@@ -59,6 +59,9 @@ class Flow:
         # Acknowledgements: all tags up to `floor` are told, and those in `told` above it; `done`
         # are to be told by the flush that `flushing` says is coming.
         self._latest = self._floor = 0
+        #: The last tag of the consumers before the present one, whose messages do not count
+        #: against what the server may send ahead.
+        self._before = 0
         self._done: set[int] = set()
         self._told: set[int] = set()
         self._flushing = self._held = False
@@ -111,6 +114,7 @@ class Flow:
         arguments = dict(self.spec.consume_args or {})
         if self._offset is not None:
             arguments["x-stream-offset"] = self._offset + 1
+        self._before = self._latest
         answer = await wire.call(
             "basic_consume", self.queue, self._arrived, arguments=arguments or None
         )
@@ -213,7 +217,9 @@ class Flow:
             return
         now = self.driver.clock.now()
         rate = (self._given - self._looked) / max(now - self._since, 1e-6)
-        full = self._latest - self._floor - len(self._told) >= self.window
+        full = self._latest - max(self._floor, self._before) >= self.window + sum(
+            tag > self._before for tag in self._told
+        )
         self._looked, self._since = self._given, now
         self._look_at = self._given + max(self.window, CAREFUL)
         wanted = min(max(int(rate * AHEAD), self._normal), max(MOST, self._normal))

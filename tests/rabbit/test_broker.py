@@ -597,6 +597,32 @@ async def test_what_is_sent_ahead_follows_the_handlers_speed(url: str) -> None:
         await broker.stop()
 
 
+async def test_nothing_is_sent_back_while_what_is_sent_ahead_changes(url: str) -> None:
+    queue, got, again = unique(), 0, []
+    broker = RabbitBroker(url)
+
+    @broker.subscriber(queue, concurrency=16)
+    async def handler(body: int, message: RabbitMessage) -> None:
+        nonlocal got
+        got += 1
+        if message.raw.method.redelivered:
+            again.append(body)
+        if body < 11:  # what the first consumer left is no part of what the others may have
+            await asyncio.sleep(1.5)
+        elif body % 500 < 50:
+            await asyncio.sleep(0.01)
+
+    await broker.connect()
+    try:
+        await broker.declare_queue(queue)
+        await broker.publish_batch(*range(6000), queue=queue)
+        await broker.start()
+        await eventually(lambda: got >= 6000, 30)
+        assert again == []
+    finally:
+        await broker.stop()
+
+
 async def test_order_is_kept_while_what_is_sent_ahead_changes(url: str) -> None:
     queue, got = unique(), []
     broker = RabbitBroker(url)
