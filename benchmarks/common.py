@@ -170,11 +170,11 @@ class Section:
 
     def contenders(self, *names: str) -> list[str]:
         """Those of them that can run."""
-        return [n for n in names if n != "faststream" or self.peer is not None]
+        return [n for n in names if not n.startswith("faststream") or self.peer is not None]
 
     def worker(self, name: str, scenario: str, address: str) -> Worker:
-        python = self.peer or sys.executable if name == "faststream" else sys.executable
-        return Worker(python, self.broker, name, scenario, address, self.url)
+        python = self.peer if name.startswith("faststream") else None
+        return Worker(python or sys.executable, self.broker, name, scenario, address, self.url)
 
     def count(self, name: str, most: int) -> int:
         """Messages of a round; slower contenders need fewer for the same precision."""
