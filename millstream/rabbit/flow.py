@@ -13,7 +13,7 @@ from pika.spec import Basic, BasicProperties
 
 from ..ack import Settlement
 from ..driver import CANCELLED, Sink
-from ..errors import MillstreamError, NotConnected, SetupError
+from ..errors import MillstreamError, SetupError
 from .connection import ChannelLost, Wire, log
 from .message import CONTROL, DELIVERIES, EXCHANGE, ROUTING_KEY, Delivery, deliveries_before, table
 from .options import milliseconds
@@ -248,10 +248,10 @@ class Flow:
             return
         wire = self._wire
         if wire is None or raw.channel is not wire.channel:
-            raise NotConnected(
-                f"the channel of the message is gone; {self.queue!r} delivers it again",
-                state="disconnected",
-            )
+            # Nobody can be told. The log says that the connection was lost; the message comes
+            # again, as after an acknowledgement that was lost on its way.
+            log.debug("%r: a message whose channel is gone is delivered again", self.queue)
+            return
         tag = raw.method.delivery_tag
         if how is Settlement.ACK:
             self._done.add(tag)
@@ -271,9 +271,8 @@ class Flow:
         try:
             getattr(wire.channel, method)(tag, **options)
         except AMQPError as error:
-            raise NotConnected(
-                f"{self.queue!r} delivers the message again: {error}", state="disconnected"
-            ) from error
+            log.debug("%r delivers a message again: %s", self.queue, error)
+            return
         self._told.add(tag)
         self._flush_soon()
 

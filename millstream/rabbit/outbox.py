@@ -20,6 +20,7 @@ from ..errors import (
 from ..message import new_id
 from .connection import ACCESS_REFUSED, NOT_FOUND, ChannelLost, Wire, not_connected
 from .message import Delivery
+from .options import milliseconds
 
 if TYPE_CHECKING:
     from .driver import RabbitDriver
@@ -306,6 +307,8 @@ class Outbox:
     ) -> Delivery:
         """Send a request and return the first answer (Direct Reply-to).
 
+        A request that nobody took by then expires in its queue.
+
         Raises:
             RequestTimeout: no answer in time.
             Unroutable: there is no queue for it.
@@ -316,6 +319,8 @@ class Outbox:
         if properties.correlation_id is None:
             properties.correlation_id = new_id()
         properties.reply_to = REPLIES
+        if properties.expiration is None:  # nobody works for a caller who has given up
+            properties.expiration = milliseconds(timeout, 0.0)
         questions = self._questions.setdefault(properties.correlation_id, [])
         strikes = 0
         while True:

@@ -86,6 +86,7 @@ def check(
     confirms: bool = True,
     ordered: bool = False,
     repeats: bool = True,
+    resends: bool = False,
     linger: float = 0.0,
     away: tuple[float, float] = (0.0, 0.0),
 ) -> Verdict:
@@ -99,6 +100,7 @@ def check(
         confirms: whether a message counts from its confirmation on, or from its sending.
         ordered: whether order and overlaps per key are judged; those per id always are.
         repeats: whether sending an id again excuses a second effect.
+        resends: whether clients do so by themselves, with what a fault kept from being confirmed.
         linger: seconds that a message fetched during a fault may wait in its process before
             it is begun; its deadline may have passed meanwhile.
         away: seconds before and after a fault whose losses it accounts for: what a process
@@ -128,6 +130,8 @@ def check(
     times = Counter(run.id for run in effects)
     verdict.duplicates = Counter({id: n - 1 for id, n in times.items() if n > 1})
     again = {id for id, n in Counter(r.id for r in by["sent"]).items() if n > 1 and repeats}
+    if resends:
+        again |= _interrupted(by["sent"], by["confirmed"], faults)
     verdict.uncaused = _uncaused(runs, faults, again, linger)
     verdict.overlaps = _overlaps(runs, lambda run: run.id)
     if ordered:
@@ -202,6 +206,17 @@ def _uncaused(runs: list[Run], faults: Sequence[Fault], again: set[str], linger:
             if not (hit or one.failed or id in again):
                 found.add(id)
     return found
+
+
+def _interrupted(sent: list[Record], confirmed: list[Record], faults: Sequence[Fault]) -> set[str]:
+    """Ids that were sent before a fault of the broker was over, and confirmed after it began."""
+    known = _first((r.id, r.at) for r in confirmed)
+    return {
+        r.id
+        for r in sent
+        for fault in faults
+        if not fault.pids and r.at <= fault.end and known.get(r.id, r.at) >= fault.begin
+    }
 
 
 def _overlaps(runs: list[Run], of: object) -> set[str]:

@@ -422,6 +422,7 @@ class Trial:
             # What it held; then the next attempt to connect, which may time out once.
             away=(0.5, self.setup.reconnect + 2.5),
             **options,
+            resends=self.source.resends,
         )
         if not self.source.confirms:
             found.unsettled = 0  # nobody counts them there

@@ -11,7 +11,7 @@ from millstream.driver import Capability
 from tests.faults.sources.base import Source
 
 #: Modules of tests/faults/sources; the table has its columns in this order.
-MODULES = ("nats", "redis", "kafka", "mqtt", "memory")
+MODULES = ("nats", "redis", "rabbit", "kafka", "mqtt", "memory")
 
 
 def _kinds(module: str) -> list[type[Source]]:

@@ -102,6 +102,16 @@ def test_a_failure_or_a_second_sending_is_a_cause() -> None:
     assert check(again, repeats=False).uncaused == {"a"}
 
 
+def test_a_client_may_send_again_what_a_fault_interrupted() -> None:
+    twice = history(
+        "1 9 sent a key=k", "3 9 confirmed a", *handled("a", 4, run="x"), *handled("a", 5, run="y")
+    )
+    during, after = Fault("restarted", 2, 2.5), Fault("restarted", 3.1, 3.5)
+    assert check(twice, [during]).uncaused == {"a"}
+    assert not check(twice, [during], resends=True).uncaused
+    assert check(twice, [after], resends=True).uncaused == {"a"}
+
+
 def test_reorder_per_key() -> None:
     lines = [*sent("a", seq=1), *sent("b", seq=2), *handled("b", 1), *handled("a", 2)]
     assert check(history(*lines), ordered=True).reordered == {"k"}

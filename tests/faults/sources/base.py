@@ -91,6 +91,8 @@ class Source(ABC):
     confirms: ClassVar[bool] = True
     #: What is published again with the same id is stored once.
     once: ClassVar[bool] = False
+    #: A publication whose connection broke before its confirmation is sent again by the client.
+    resends: ClassVar[bool] = False
     #: ``broker.publish`` takes the ``key`` whose order is kept.
     keyed: ClassVar[bool] = False
     #: Seconds for which a broker may not know yet that a message is settled.

@@ -11,6 +11,7 @@ from typing import Any
 import pika
 from pika.exceptions import ChannelClosedByBroker
 
+from millstream.errors import RequestTimeout
 from millstream.rabbit import QueueType, RabbitBroker, RabbitQueue
 from millstream.rabbit.options import RabbitSubscription
 from tests.faults.sources.base import Setup, Source
@@ -24,6 +25,8 @@ class Quorum(Source):
     capabilities = RabbitSubscription(RabbitQueue("q")).capabilities
     deadline = False
     max_message = MAX_MESSAGE
+    resends = True
+    nobody = RequestTimeout  # the queue keeps a request
     full = "refused the message"
     kind = QueueType.QUORUM
 
