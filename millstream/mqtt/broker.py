@@ -101,7 +101,7 @@ class MqttBroker(MqttEndpoints, Broker):
         given = cast(dict[str, Any], dict(options))
         known_options(given, MqttConnect, type(self).__name__)
         common = {key: given.pop(key) for key in BrokerOptions.__annotations__ if key in given}
-        settings = _settings(url, given)
+        settings = settings_of(url, given)
         names = ("client_id", "clean_session", "session_expiry", "will", "reply_prefix")
         own = {name: given[name] for name in names if name in given}
         own["publish_timeout"] = common.get("publish_timeout", 5.0)
@@ -114,7 +114,7 @@ class MqttBroker(MqttEndpoints, Broker):
         return outbox.client_id if outbox is not None else ""
 
 
-def _settings(url: str, options: dict[str, Any]) -> Settings:
+def settings_of(url: str, options: dict[str, Any]) -> Settings:
     """How to reach the server.
 
     Raises:

@@ -483,7 +483,7 @@ class Line:
         if was_up and not self.closed:
             lived = connection.loop.time() - connection.began
             self._short = 0 if lived > LASTING else self._short + 1
-            if self._short >= SUSPICIOUS:  # Mosquitto does not say that somebody took it over
+            if self._short % 10 == SUSPICIOUS:  # Mosquitto does not say that somebody took it over
                 self.error(
                     f"{self._short} connections of {self.client_id!r} in a row ended soon after "
                     "they began: if another process uses the same client identifier, give each "

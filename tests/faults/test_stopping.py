@@ -82,7 +82,7 @@ async def test_f09_the_second_signal_means_now(tmp_path: Path, source: str, coun
         await trial.until(lambda: trial.count("down") == count)
         assert await worker.stop() < 2.0
         async with trial.fault("stopped"):
-            await trial.worker()
+            await trial.worker(count)
         await trial.verdict("F09 SIGTERM twice", "exit at once, not acked, comes again")
 
 

@@ -18,6 +18,8 @@ from tests.faults.sources.base import Setup, Source
 from tests.helpers import unique
 from tests.servers.mqtt import MosquittoServer
 
+#: Messages that a worker holds, and that may come again when its acknowledgements are lost.
+FETCHED = 16
 #: Seconds within which the server has to answer an onlooker.
 PATIENCE = 5.0
 
@@ -41,6 +43,7 @@ class MqttTopic(Source):
     separator = "/"
     confirms = False
     deadline = False
+    resends = True
     capabilities = MqttSubscription("a", qos=0).capabilities
     max_message = 1_000_000
     nobody = NoResponders
@@ -65,7 +68,7 @@ class MqttTopic(Source):
         )
 
     def subscription(self, setup: Setup) -> dict[str, Any]:
-        return {"shared": "workers", "qos": int(self.confirms)}
+        return {"shared": "workers", "qos": int(self.confirms), "receive_maximum": FETCHED}
 
     def answering(self, setup: Setup) -> dict[str, Any]:
         return {"shared": "answering", "qos": 0}
