@@ -10,8 +10,9 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
-from tests.servers.base import Server, missing
+from tests.servers.base import Server, free_port, missing
 
 
 def nats_binary() -> str | None:
@@ -72,3 +73,39 @@ class NatsServer(Server):
     @property
     def url(self) -> str:
         return f"nats://127.0.0.1:{self.port}"
+
+
+class NatsCluster:
+    """Some nats-servers that keep each stream on several of them.
+
+    Args:
+        size: how many; three bear the loss of one.
+    """
+
+    def __init__(self, size: int = 3) -> None:
+        routes = [free_port() for _ in range(size)]
+        everybody = ", ".join(f'"nats-route://127.0.0.1:{port}"' for port in routes)
+        self.nodes = [
+            NatsServer(
+                config=f"cluster {{ name: tests, listen: 127.0.0.1:{port}, routes: [{everybody}] }}"
+            )
+            for port in routes
+        ]
+
+    @property
+    def urls(self) -> list[str]:
+        """Where clients connect to."""
+        return [node.url for node in self.nodes]
+
+    def named(self, name: str) -> NatsServer:
+        """The node that calls itself so, as a stream's state tells its leader."""
+        return next(node for node in self.nodes if node.server_name == name)
+
+    def __enter__(self) -> Self:
+        for node in self.nodes:
+            node.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in self.nodes:
+            node.remove()
