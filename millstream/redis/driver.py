@@ -327,10 +327,6 @@ class RedisDriver:
         except NoScriptError:
             return await self._once(keys[0], ("EVAL", script.source, *call[1:]), end)
 
-    def script_now(self, script: Script, keys: Sequence[str], *args: Any) -> asyncio.Future[Any]:
-        """The same as :meth:`send_now` for a script."""
-        return self.spawn(self.script(script, keys, *args))
-
     # Declarations and subscriptions
 
     async def declare(self, specs: Sequence[Spec]) -> None:

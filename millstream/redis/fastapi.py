@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from ..endpoints import declares, produces
 from ..fastapi.router import RouterOptions, StreamRouter
@@ -48,10 +48,8 @@ __all__ = [
 class RedisRouterOptions(RouterOptions, RedisConnect, total=False):
     """Options of :class:`RedisRouter`: of the broker, of ``APIRouter`` and of the integration."""
 
-    broker: Any
 
-
-class RedisRouter(StreamRouter):
+class RedisRouter(StreamRouter[_RedisBroker]):
     """An ``APIRouter`` with a Redis broker.
 
     Args:
@@ -66,14 +64,8 @@ class RedisRouter(StreamRouter):
     subscriber = declares(RedisSubscription)
     publisher = produces(RedisPublication)
 
-    if TYPE_CHECKING:
-
-        @property
-        def broker(self) -> _RedisBroker: ...
-
     def __init__(self, url: str | None = None, **options: Unpack[RedisRouterOptions]) -> None:
-        given: dict[str, Any] = dict(options)
-        super().__init__(*(() if url is None else (url,)), **given)
+        super().__init__(url, **options)
 
 
 class RedisClusterRouter(RedisRouter):
@@ -82,7 +74,7 @@ class RedisClusterRouter(RedisRouter):
     broker_class = _RedisClusterBroker  # type: ignore[assignment]
 
 
-class RedisSentinelRouter(StreamRouter):
+class RedisSentinelRouter(StreamRouter[_RedisSentinelBroker]):
     """An ``APIRouter`` with a broker that Sentinel finds.
 
     Args:
@@ -95,10 +87,5 @@ class RedisSentinelRouter(StreamRouter):
     subscriber = declares(RedisSubscription)
     publisher = produces(RedisPublication)
 
-    if TYPE_CHECKING:
-
-        @property
-        def broker(self) -> _RedisSentinelBroker: ...
-
     def __init__(self, sentinels: Sequence[tuple[str, int]] | None = None, **options: Any) -> None:
-        super().__init__(*(() if sentinels is None else (sentinels,)), **options)
+        super().__init__(sentinels, **options)

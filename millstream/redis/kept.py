@@ -8,13 +8,11 @@ and what dead processes left. Acknowledgements of one turn of the event loop lea
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import deque
-from collections.abc import Iterable
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 from ..ack import Settlement
 from ..driver import CANCELLED
@@ -23,7 +21,6 @@ from .flow import MOST, Flow, gone, ids, log
 from .message import Entry, is_plain, open_fields, open_value
 from .options import sibling
 from .scripts import (
-    LIST_ACK,
     LIST_LEAVE,
     LIST_NACK,
     LIST_TAKE,
@@ -43,6 +40,8 @@ FAST, SLOW = 0.02, 0.2
 BEAT = 1.0
 #: Seconds that the server may take to end a read that waits.
 LEAVE = 0.5
+#: Seconds before something that failed is tried again.
+PAUSE = 0.1
 #: Milliseconds after which an entry is taken over from a consumer that is not Millstream's.
 FOREIGN = 60_000
 #: Seconds for which the note is kept that a message's last attempt began.
@@ -52,29 +51,35 @@ FAILED = (*BROKEN, RedisError, Lost, MillstreamError)
 
 
 class Kept(Flow):
-    """What a group and a list have in common."""
+    """What a group and a list have in common.
 
-    def __init__(self, *args: Any, member: str, ack_wait: float) -> None:
+    Args:
+        member: the name of this process in the group, or among those that read the list.
+        ack_wait: seconds without a sign of life after which a process counts as dead.
+        parts: what stands before the last part of the names of the source's siblings.
+    """
+
+    #: The command that acknowledges the ids behind it.
+    ack: tuple[str, ...]
+
+    def __init__(self, *args: Any, member: str, ack_wait: float, parts: tuple[str, ...]) -> None:
         super().__init__(*args)
-        self.me, self.ack_wait = member, ack_wait
+        self.me, self.ack_wait, self.parts = member, ack_wait, parts
         spec = self.spec
         self.waiting: deque[Entry] = deque()
-        #: Ids of what was taken and not settled, and how often; elements of a list may be equal.
-        self.open: dict[bytes, int] = {}
+        #: What was taken and not settled.
+        self.open: set[bytes] = set()
+        #: What was settled, and where Redis was told but has not answered.
         self.acks: list[bytes] = []
-        #: Acknowledgements that are on their way.
-        self.flying: set[tuple[bytes, ...]] = set()
-        #: Returned messages that Redis does not know of yet: entry, when it is due, was it begun.
-        self.unsent: list[tuple[Entry, float, bool]] = []
+        self.flying: set[bytes] = set()
         self.noted: set[bytes] = set()
         #: When Redis got a sign of life last.
         self.beaten = 0.0
         self.more = False
         self._due, self._missed = -1.0, 0
-        self._flushing = self._closed = False
-        self._idle: asyncio.Future[None] | None = None
-        self._room: asyncio.Future[None] | None = None
-        self._tick_now = asyncio.Event()
+        self._flushing = False
+        self._news, self._room, self._tick_now = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._room.set()
         self._tasks: list[asyncio.Task[None]] = []
         self._client = 0
         at_once = spec.lanes * (spec.batch.size if spec.batch else 1)
@@ -86,6 +91,10 @@ class Kept(Flow):
         #: nothing counts as delivered that was only fetched ahead.
         self.target, self.at_once = min(self.least, self.most, at_once), at_once
         self._read_at, self._read_given = 0.0, 0
+
+    def key(self, what: str) -> str:
+        """The name of a sibling of the source."""
+        return sibling(self.name, *self.parts, what)
 
     # Life
 
@@ -108,18 +117,18 @@ class Kept(Flow):
     async def _attach(self, connection: AbstractConnection) -> None:
         await connection.send_command("CLIENT", "ID", check_health=False)
         self._client = await self.within(connection, self.driver.patience)
-        await self._recover()
+        self._missed = 2  # what was on its way when the connection before this one broke
 
     async def _read(self, connection: AbstractConnection) -> None:
         while not self.paused:
-            if self._missed > 1:
-                await self._recover()
-            if len(self.waiting) > self.target // 2:
-                self._room = asyncio.get_running_loop().create_future()
-                await self._room
-                continue
-            self._adapt()
             try:
+                if self._missed > 1:
+                    await self._recover()
+                if len(self.waiting) > self.target // 2:
+                    self._room.clear()
+                    await self._room.wait()
+                    continue
+                self._adapt()
                 self._put(await self.take(connection, self.target))
             except ResponseError as error:
                 if not gone(error):
@@ -139,14 +148,11 @@ class Kept(Flow):
         """Wait for something new, and take up to ``count`` of it."""
         raise NotImplementedError
 
-    def _put(self, entries: Iterable[Entry]) -> None:
-        open = self.open
-        for entry in entries:
-            open[entry.id] = open.get(entry.id, 0) + 1
-            self.waiting.append(entry)
-        if self._idle is not None and self.waiting:
-            _wake(self._idle)
-            self._idle = None
+    def _put(self, entries: list[Entry]) -> None:
+        if entries:
+            self.open.update([entry.id for entry in entries])
+            self.waiting.extend(entries)
+            self._news.set()
 
     async def _work(self) -> None:
         loop, waiting = asyncio.get_running_loop(), self.waiting
@@ -154,34 +160,30 @@ class Kept(Flow):
             if not waiting:
                 if self.more:
                     self._tick_now.set()
-                self._idle = loop.create_future()
-                await self._idle
+                self._news.clear()
+                await self._news.wait()
                 continue
             if loop.time() - self.beaten > self.ack_wait:
                 await self._stale()
                 continue
             entry = waiting.popleft()
-            if self._room is not None and len(waiting) <= self.target // 2:
-                _wake(self._room)
-                self._room = None
+            if len(waiting) <= self.target // 2:
+                self._room.set()
             await self.give(entry)
 
     async def _stale(self) -> None:
         """Nothing was heard of us for too long: what waits may be somebody else's by now."""
-        for entry in self.waiting:
-            self._release(entry.id)
+        self.open.difference_update([entry.id for entry in self.waiting])
         self.waiting.clear()
         try:
             await self.tick()
         except FAILED as error:
             log.debug("%s: %s", self.spec.destination, reason_of(error))
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(PAUSE)
         self._missed = 2  # the reader takes up what is still ours
-        if self._room is not None:
-            _wake(self._room)
-            self._room = None
-        else:
+        if self._room.is_set():  # it waits for something new
             cut(self.connection)
+        self._room.set()
 
     async def _recover(self) -> None:
         """Take up what is ours at the server, and what this process does not know of.
@@ -190,19 +192,22 @@ class Kept(Flow):
         """
         self._missed = 0
         await self.flush()
-        self._put(await self.mine())
+        before = self.known()
+        held = await self.held()
+        if missing := [id for id in held if id not in before and id not in self.known()]:
+            self._put([e for e in await self.fetch(missing) if e.id not in self.open])
 
-    async def mine(self) -> list[Entry]:
-        """What Redis thinks that we have, and we do not."""
+    async def held(self) -> list[bytes]:
+        """The ids of what Redis thinks that we have."""
         raise NotImplementedError
 
-    def known(self) -> dict[bytes, int]:
+    async def fetch(self, ids: list[bytes]) -> list[Entry]:
+        """What is ours of them, once more; it counts as the same delivery."""
+        raise NotImplementedError
+
+    def known(self) -> set[bytes]:
         """What this process has, or has settled and Redis may not know of it yet."""
-        known = dict(self.open)
-        others = (entry.id for entry, *_ in self.unsent)
-        for id in (*self.acks, *(id for some in self.flying for id in some), *others):
-            known[id] = known.get(id, 0) + 1
-        return known
+        return self.open.union(self.acks, self.flying)
 
     async def rebuild(self) -> None:
         """What is read from is gone: make it again."""
@@ -212,7 +217,7 @@ class Kept(Flow):
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
-        while not self._closed:
+        while True:
             wait = min(BEAT, self.ack_wait / 4)
             if self._due >= 0:
                 wait = min(wait, max(self._due - loop.time(), 0.0) + 0.002)
@@ -221,36 +226,30 @@ class Kept(Flow):
             timer.cancel()
             self._tick_now.clear()
             try:
-                await self.tick()
-            except ResponseError as error:
-                if gone(error):
-                    await self._rebuilt()
-                else:
-                    log.debug("%s: %s", self.spec.destination, error)
+                try:
+                    await self.tick()
+                except ResponseError as error:
+                    if not gone(error):
+                        raise
+                    await self.rebuild()
             except FAILED as error:
                 log.debug("%s: %s", self.spec.destination, reason_of(error))
-
-    async def _rebuilt(self) -> None:
-        try:
-            await self.rebuild()
-        except FAILED as error:
-            log.debug("%s: %s", self.spec.destination, reason_of(error))
 
     async def tick(self) -> None:
         """Say that we live; take what is due, and what the dead left."""
         loop = asyncio.get_running_loop()
         begin = loop.time()
-        await self.flush(wait=False)
+        self._send_acks()
         room = 0 if self.paused else max(self.target - len(self.waiting), 0)
         careful = min(room, max(self.at_once - len(self.waiting), 0))
         found, self.more, due, there = await self.claim(room, careful)
         self.beaten = begin
         # Once it may be on its way to us; twice, a connection that broke has swallowed it.
-        missing = there > sum(self.known().values()) + len(found)
+        missing = there > len(self.known().union(entry.id for entry in found))
         self._missed = self._missed + 1 if missing else 0
         self._due = begin + due / 1000 if due >= 0 and room else -1.0
         if self.paused:
-            await self._return(found)
+            await self.put_back(found)
         else:
             self._put(found)
             if self._missed > 1 and not self.reads:
@@ -271,89 +270,77 @@ class Kept(Flow):
     ) -> None:
         if how is Settlement.ACK or how is Settlement.REJECT:
             id = raw.id
-            self._release(id)
+            self.open.discard(id)
             self.acks.append(id)
             if not self._flushing:
                 self._flushing = True
                 asyncio.get_running_loop().call_soon(self._send_acks)
         elif how is Settlement.NACK:
-            await self._again(raw, delay or 0.0, bool(options.get("unbegun")))
-
-    def _release(self, id: bytes) -> None:
-        count = self.open.pop(id, 1)
-        if count > 1:
-            self.open[id] = count - 1
+            await self.put_back([raw], delay or 0.0, fresh=bool(options.get("unbegun")))
 
     def _send_acks(self) -> None:
         self._flushing = False
         if not self.acks:
             return
-        ids, self.acks = tuple(self.acks), []
-        self.flying.add(ids)
-        self.acknowledge(ids).add_done_callback(lambda future: self._acked(ids, future))
+        ids, self.acks = self.acks, []
+        self.flying.update(ids)
+        sent = self.driver.send_now(self.name, *self.ack, *ids)
+        sent.add_done_callback(lambda future: self._acked(ids, future))
         if self.noted and (over := self.noted.intersection(ids)):
             self.noted -= over
-            self.driver.tell(self.name, "HDEL", self.key("begun"), *map(self.note, over))
+            self.driver.tell(self.name, "HDEL", self.key("begun"), *over)
 
-    def acknowledge(self, ids: tuple[bytes, ...]) -> asyncio.Future[Any]:
-        """Send acknowledgements at once."""
-        raise NotImplementedError
-
-    def _acked(self, ids: tuple[bytes, ...], future: asyncio.Future[Any]) -> None:
-        self.flying.discard(ids)
+    def _acked(self, ids: list[bytes], future: asyncio.Future[Any]) -> None:
+        self.flying.difference_update(ids)
         error = None if future.cancelled() else future.exception()
         if error is not None:
             self.acks.extend(ids)  # the ticker tries again
             if isinstance(error, ResponseError):
                 self.driver.notify("error", f"{self.spec.destination}: cannot settle: {error}")
 
-    async def flush(self, *, wait: bool = True) -> None:
-        """Send what could not be sent before; raises if it still cannot."""
+    async def flush(self) -> None:
+        """Wait until Redis knows what was settled; raises if it cannot be told."""
         self._send_acks()
-        unsent, self.unsent = self.unsent, []
-        if unsent:
-            now = asyncio.get_running_loop().time()
-            try:
-                await self.put_back([(e, max(due - now, 0.0), fresh) for e, due, fresh in unsent])
-            except BaseException:
-                self.unsent.extend(unsent)
-                raise
-        if wait and self.flying:
+        if self.flying:
             await self.driver.call(self.name, "PING")
 
-    async def _again(self, entry: Entry, delay: float, fresh: bool) -> None:
-        loop = asyncio.get_running_loop()
+    async def put_back(
+        self, entries: list[Entry], delay: float = 0.0, *, fresh: bool = True
+    ) -> None:
+        """Have messages delivered again; without a connection, as soon as there is one.
+
+        Args:
+            entries: they are ours until Redis was told.
+            delay: in seconds.
+            fresh: they were never begun, and this delivery does not count.
+        """
+        if entries:
+            task = self.driver.spawn(self._put_back(entries, delay, fresh))
+            await asyncio.wait([task], timeout=self.driver.publish_timeout)
+
+    async def _put_back(self, entries: list[Entry], delay: float, fresh: bool) -> None:
+        loop, ids = asyncio.get_running_loop(), [entry.id for entry in entries]
         due = loop.time() + delay
-        try:
-            await self.put_back([(entry, delay, fresh)])
-        except FAILED as error:
-            log.debug("%s: not returned yet: %s", self.spec.destination, reason_of(error))
-            self.unsent.append((entry, due, fresh))
-        self._release(entry.id)
+        while True:
+            try:
+                await self.nack(ids, max(int((due - loop.time()) * 1000), 0), int(fresh))
+                break
+            except FAILED as error:
+                log.debug("%s: not returned yet: %s", self.spec.destination, reason_of(error))
+                await asyncio.sleep(PAUSE)
+        self.open.difference_update(ids)
         if self._due < 0 or due < self._due:
             self._due = due
-            loop.call_later(delay + 0.001, self._tick_now.set)
+            loop.call_later(max(due - loop.time(), 0.0) + 0.001, self._tick_now.set)
 
-    async def put_back(self, entries: list[tuple[Entry, float, bool]]) -> None:
-        """Have messages delivered again: entry, delay in seconds, was it never begun."""
+    async def nack(self, ids: list[bytes], ms: int, fresh: int) -> None:
+        """Have messages delivered again so many milliseconds later."""
         raise NotImplementedError
 
-    async def _return(self, entries: list[Entry]) -> None:
-        """Hand back what was taken and not begun."""
-        if entries:
-            try:
-                await self.put_back([(entry, 0.0, True) for entry in entries])
-            except FAILED:
-                now = asyncio.get_running_loop().time()
-                self.unsent.extend((entry, now, True) for entry in entries)
-
     async def begun(self, raw: Any, /) -> bool:
-        note = self.note(raw.id)
-        if not note:
-            return False
+        key = self.key("begun")
         try:
-            key = self.key("begun")
-            fresh = await self.driver.call(self.name, "HSETNX", key, note, 1)
+            fresh = await self.driver.call(self.name, "HSETNX", key, raw.id, 1)
             self.driver.tell(self.name, "EXPIRE", key, NOTES)
         except FAILED as error:
             log.debug("%s: cannot note: %s", self.spec.destination, reason_of(error))
@@ -361,30 +348,18 @@ class Kept(Flow):
         self.noted.add(raw.id)
         return not fresh
 
-    def note(self, id: bytes) -> bytes:
-        """What tells a message from all others; empty if nothing does."""
-        return id
-
-    def key(self, *suffix: str) -> str:
-        """The name of a sibling of the source."""
-        return sibling(self.name, *suffix)
-
     # The end
 
     async def pause(self) -> int:
         if self.paused:
             return 0
         self.paused = True
-        if self._idle is not None:
-            _wake(self._idle)
-        if self._room is not None:
-            _wake(self._room)
+        self._news.set()
+        self._room.set()
         await self._interrupt()
         back = list(self.waiting)
         self.waiting.clear()
-        for entry in back:
-            self._release(entry.id)
-        await self._return(back)
+        await self.put_back(back)
         return len(back)
 
     async def _interrupt(self) -> None:
@@ -402,12 +377,10 @@ class Kept(Flow):
 
     async def close(self) -> None:
         await self.pause()
-        for task in self._tasks:
-            if task is not asyncio.current_task():
-                task.cancel()
         if others := [task for task in self._tasks if task is not asyncio.current_task()]:
+            for task in others:
+                task.cancel()
             await asyncio.wait(others, timeout=CANCELLED)
-        self._closed = True
         await super().close()
         try:
             async with asyncio.timeout(LEAVE):
@@ -428,8 +401,10 @@ class GroupFlow(Kept):
         spec, driver = args[1], args[0]
         sub = spec.stream_sub
         assert sub is not None and sub.group is not None
-        super().__init__(*args, member=driver.member(sub.consumer), ack_wait=sub.ack_wait)
+        member = driver.member(sub.consumer)
+        super().__init__(*args, member=member, ack_wait=sub.ack_wait, parts=(sub.group,))
         self.sub, self.group = sub, sub.group
+        self.ack = ("XACK", self.name, self.group)
         idle = sub.min_idle_time if sub.min_idle_time is not None else sub.claim_min_idle_time
         self.foreign = FOREIGN if idle is None else idle
         #: The last entry that the group is known to have got, and where other members held some,
@@ -446,8 +421,8 @@ class GroupFlow(Kept):
         await self.driver.groups.ensure(self.sub)
 
     async def rebuild(self) -> None:
-        self.had = set(self.known())
-        later = await self.driver.call(self.name, "ZRANGE", self.key(self.group, "later"), 0, -1)
+        self.had = self.known()
+        later = await self.driver.call(self.name, "ZRANGE", self.key("later"), 0, -1)
         await self.driver.groups.ensure(
             self.sub,
             again=True,
@@ -483,12 +458,8 @@ class GroupFlow(Kept):
             self.acks.append(id)
         return False
 
-    async def put_back(self, entries: list[tuple[Entry, float, bool]]) -> None:
-        self.had.difference_update(entry.id for entry, *_ in entries)
-        await self._put_back(entries)
-
     async def claim(self, room: int, dead_room: int) -> tuple[list[Entry], bool, float, int]:
-        keys = (self.name, self.key(self.group, "alive"), self.key(self.group, "later"))
+        keys = (self.name, self.key("alive"), self.key("later"))
         found, more, due, there, last, self.floor = await self.driver.script(
             STREAM_TICK,
             keys,
@@ -503,25 +474,18 @@ class GroupFlow(Kept):
             open_fields(self.name, id, fields, self.format, count) for id, fields, count in found
         ]
 
-    async def mine(self) -> list[Entry]:
-        before = self.known()
-        pending = await self.driver.call(
-            *(self.name, "XPENDING", self.name, self.group, "-", "+", 10_000, self.me)
-        )
-        after = self.known()
-        missing = [id for id, *_ in pending if id not in before and id not in after]
-        if not missing:
-            return []
-        found = await self.driver.script(STREAM_MINE, (self.name,), self.group, self.me, *missing)
-        return [entry for entry in self._entries(found) if entry.id not in self.open]
+    async def held(self) -> list[bytes]:
+        command = ("XPENDING", self.name, self.group, "-", "+", 10_000, self.me)
+        return [id for id, *_ in await self.driver.call(self.name, *command)]
 
-    def acknowledge(self, ids: tuple[bytes, ...]) -> asyncio.Future[Any]:
-        return self.driver.send_now(self.name, "XACK", self.name, self.group, *ids)
+    async def fetch(self, ids: list[bytes]) -> list[Entry]:
+        found = await self.driver.script(STREAM_MINE, (self.name,), self.group, self.me, *ids)
+        return self._entries(found)
 
-    async def _put_back(self, entries: list[tuple[Entry, float, bool]]) -> None:
-        what = [x for e, delay, fresh in entries for x in (e.id, int(delay * 1000), int(fresh))]
-        keys = (self.name, self.key(self.group, "later"))
-        await self.driver.script(STREAM_NACK, keys, self.group, self.me, *what)
+    async def nack(self, ids: list[bytes], ms: int, fresh: int) -> None:
+        self.had.difference_update(ids)
+        keys = (self.name, self.key("later"))
+        await self.driver.script(STREAM_NACK, keys, self.group, self.me, ms, fresh, *ids)
 
     async def touch(self, raw: Any, /) -> None:
         """Make an entry look young to consumers that are not ours; ours go by signs of life."""
@@ -530,15 +494,12 @@ class GroupFlow(Kept):
                 *(self.name, "XCLAIM", self.name, self.group, self.me, 0, raw.id, "JUSTID")
             )
 
-    def key(self, *suffix: str) -> str:
-        return super().key(*((self.group, "begun") if suffix == ("begun",) else suffix))
-
     async def leave(self) -> None:
-        keys = (self.name, self.key(self.group, "alive"))
+        keys = (self.name, self.key("alive"))
         await self.driver.script(STREAM_LEAVE, keys, self.group, self.me)
 
     async def lag(self) -> int | None:
-        later = await self.driver.call(self.name, "ZCARD", self.key(self.group, "later"))
+        later = await self.driver.call(self.name, "ZCARD", self.key("later"))
         for info in await self.driver.call(self.name, "XINFO", "GROUPS", self.name):
             group = dict(zip(info[::2], info[1::2], strict=True))
             if group[b"name"] == self.group.encode():
@@ -548,14 +509,19 @@ class GroupFlow(Kept):
 
 
 class ListFlow(Kept):
-    """A list: what is taken lies in a list of this process until it is settled."""
+    """A list: what is taken lies in a hash of this process until it is settled."""
 
     def __init__(self, *args: Any) -> None:
         spec, driver = args[1], args[0]
         sub = spec.list_sub
         assert sub is not None
-        super().__init__(*args, member=driver.member(None), ack_wait=sub.ack_wait)
-        self.taken = self.key("taken", self.me)
+        super().__init__(*args, member=driver.member(None), ack_wait=sub.ack_wait, parts=())
+        self.taken, self.next = sibling(self.name, "taken", self.me), self.key("next")
+        self.ack = ("HDEL", self.taken)
+        #: Numbers that no element has yet begin here.
+        self.number = 0
+        #: Whether there was nothing more the last time.
+        self.dry = False
 
     async def ensure(self) -> None:
         kind = await self.driver.call(self.name, "TYPE", self.name)
@@ -563,77 +529,70 @@ class ListFlow(Kept):
             raise self.driver.refusal(self.spec.destination, ResponseError("WRONGTYPE no list"))
 
     async def take(self, connection: AbstractConnection, count: int) -> list[Entry]:
-        found = await self.driver.script(LIST_TAKE, (self.name, self.taken), count)
-        if not found:
+        if self.dry:
             await connection.send_command(
-                *("BLMOVE", self.name, self.taken, "LEFT", "RIGHT", self.driver.block / 1000),
+                *("BLMOVE", self.name, self.next, "LEFT", "RIGHT", self.driver.block / 1000),
                 check_health=False,
             )
-            one = await self.within(connection, self.driver.longest)
-            found = [] if one is None else [one]
-        return self._entries(found)
+            try:
+                if await self.within(connection, self.driver.longest) is None:
+                    return []
+            except OutOfMemoryError:  # what is there can be taken all the same
+                await asyncio.sleep(PAUSE)
+        first = self._numbers(count)
+        keys = (self.name, self.next, self.taken)
+        found = await self.driver.script(LIST_TAKE, keys, self.me, first, count)
+        self.dry = len(found) < count
+        return self._entries(first, found)
 
-    def _entries(self, elements: list[bytes]) -> list[Entry]:
-        name, plain = self.name, self.plain
+    def _numbers(self, count: int) -> int:
+        """The first of so many numbers that no element has."""
+        self.number += count
+        return self.number - count
+
+    def _entries(self, first: int, elements: list[bytes]) -> list[Entry]:
+        name, plain, me = self.name, self.plain, self.me.encode()
         return [
-            Entry(name, element, element)
-            if plain and element[:1] not in b"\x00\x89"
-            else self._open(element)
-            for element in elements
+            Entry(name, element, b"%b-%d" % (me, number))
+            if plain and element[:1] != b"\x89"
+            else open_value(name, element, self.format, b"%b-%d" % (me, number))
+            for number, element in enumerate(elements, first)
         ]
 
-    def _open(self, element: bytes) -> Entry:
-        value, count, _ = unwrap(element)
-        return open_value(self.name, value, self.format, element, count)
+    def _known(self, id: bytes, value: bytes) -> Entry:
+        element, count = unwrap(value)
+        return open_value(self.name, element, self.format, id, count)
 
     async def claim(self, room: int, dead_room: int) -> tuple[list[Entry], bool, float, int]:
-        keys = (self.name, self.taken, self.key("alive"), self.key("later"))
-        found, more, due, there = await self.driver.script(
+        first = self._numbers(room)
+        found, again, more, due, there = await self.driver.script(
             LIST_TICK,
-            keys,
-            *(self.me, int(self.ack_wait * 1000), room, dead_room),
-            *(self.key("taken", ""), os.urandom(8)),
+            (self.next, self.taken, self.key("alive"), self.key("later")),
+            *(self.me, first, int(self.ack_wait * 1000), room, dead_room, self.key("taken:")),
         )
-        return self._entries(found), bool(more), due, there
+        old = [self._known(*pair) for pair in zip(again[::2], again[1::2], strict=True)]
+        return self._entries(first, found) + old, bool(more), due, there
 
-    async def mine(self) -> list[Entry]:
-        known = self.known()
-        there = await self.driver.call(self.name, "LRANGE", self.taken, 0, -1)
-        for element, count in self.known().items():
-            known[element] = max(known.get(element, 0), count)
-        missing = []
-        for element in there:
-            left = known.get(element, 0)
-            if left:
-                known[element] = left - 1
-            else:
-                missing.append(element)
-        return self._entries(missing)
+    async def held(self) -> list[bytes]:
+        self.dry = False
+        found: list[bytes] = await self.driver.call(self.name, "HKEYS", self.taken)
+        return sorted(found, key=lambda id: int(id.rpartition(b"-")[2]))
 
-    def acknowledge(self, ids: tuple[bytes, ...]) -> asyncio.Future[Any]:
-        if len(ids) == 1:
-            return self.driver.send_now(self.name, "LREM", self.taken, 1, ids[0])
-        return self.driver.script_now(LIST_ACK, (self.taken,), *ids)
+    async def fetch(self, ids: list[bytes]) -> list[Entry]:
+        found = await self.driver.call(self.name, "HMGET", self.taken, *ids)
+        pairs = zip(ids, found, strict=True)
+        return [self._known(id, value) for id, value in pairs if value is not None]
 
-    async def put_back(self, entries: list[tuple[Entry, float, bool]]) -> None:
-        what: list[Any] = []
-        for entry, delay, fresh in reversed(entries):  # each goes before those that are there
-            what += (entry.id, int(delay * 1000), int(fresh), os.urandom(8))
+    async def nack(self, ids: list[bytes], ms: int, fresh: int) -> None:
         keys = (self.name, self.taken, self.key("later"))
-        await self.driver.script(LIST_NACK, keys, *what)
-
-    def note(self, id: bytes) -> bytes:
-        return unwrap(id)[2]
+        await self.driver.script(LIST_NACK, keys, ms, fresh, *ids)
 
     async def leave(self) -> None:
-        await self.driver.script(LIST_LEAVE, (self.taken, self.key("alive")), self.me)
+        keys = (self.name, self.next, self.taken, self.key("alive"))
+        await self.driver.script(LIST_LEAVE, keys, self.me)
 
     async def lag(self) -> int | None:
-        later = await self.driver.call(self.name, "ZCARD", self.key("later"))
-        there = await self.driver.call(self.name, "LLEN", self.name)
-        return int(later) + int(there) + len(self.waiting)
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+        total = len(self.waiting)
+        for count in (("ZCARD", self.key("later")), ("LLEN", self.name), ("LLEN", self.next)):
+            total += await self.driver.call(self.name, *count)
+        return total

@@ -4,11 +4,18 @@ Each group of a stream, and each list, has siblings: a sorted set of its members
 gave a sign of life last (``alive``, in ms of the server's clock), a sorted set of what waits
 for its next delivery and when that is due (``later``), and a hash of messages whose last attempt
 began (``begun``). What waits in a stream belongs to the consumer ``~later`` meanwhile, so that
-nobody's end concerns it; what waits of a list is in the set itself. Elements of a list that were
-delivered before are wrapped: a mark, the number of deliveries, an id, the element.
+nobody's end concerns it.
+
+An element of a list that is taken gets an id and lies in a hash of its member (``taken``). An
+element that was delivered before is wrapped: its number of deliveries and its id stand before it.
+A member that waits for something new has it moved to a list that all members share (``next``),
+and takes it from there.
 
 A process whose last sign of life is too old counts as dead, and another one takes over what it
 had taken. A consumer that never gave one is not ours: its entries are taken over by their age.
+
+A server without memory refuses a script whose first command may need some, and lets a script
+go on that has written: a command that changes nothing comes first.
 """
 
 from __future__ import annotations
@@ -17,11 +24,8 @@ import struct
 
 from .wire import Script
 
-#: The consumer that owns the entries which wait for their next delivery.
-LATER = "~later"
-#: How a wrapped element of a list begins; its length with the mark; then comes the element.
-MARK = b"\x00ms1"
-_WRAPPED = struct.Struct(">I8s")
+#: How a wrapped element of a list begins: a zero, the number of deliveries, the length of the id.
+_WRAPPED = struct.Struct(">BIB")
 
 _NOW = """
 local t = redis.call('TIME')
@@ -46,6 +50,7 @@ for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
   if g['name'] == group then last = g['last-delivered-id'] end
 end
 if last == '' then return redis.error_reply('NOGROUP no group ' .. group) end
+redis.call('ZREM', alive, '')
 redis.call('ZADD', alive, now, me)
 local out, more = {}, 0
 local function take(id)
@@ -101,24 +106,23 @@ return {out, more, due, there, last, floor}
 """
 )
 
-#: KEYS: stream, later. ARGV: group, me, then id, ms until the next delivery and whether the
-#: present one did not begin, for each entry.
+#: KEYS: stream, later. ARGV: group, me, ms until the next delivery, whether the present one did
+#: not begin, ids.
 STREAM_NACK = Script(
     _NOW
     + """
 local stream, later, group, me = KEYS[1], KEYS[2], ARGV[1], ARGV[2]
-local done = 0
-for i = 3, #ARGV, 3 do
-  local id, count = ARGV[i], 0
+local due, fresh = now + tonumber(ARGV[3]), tonumber(ARGV[4])
+for i = 5, #ARGV do
+  local id = ARGV[i]
   local p = redis.call('XPENDING', stream, group, id, id, 1)
   if #p > 0 and p[1][2] == me then
-    count = p[1][4] - tonumber(ARGV[i + 2])
+    local count = p[1][4] - fresh
     redis.call('XCLAIM', stream, group, '~later', 0, id, 'RETRYCOUNT', count, 'JUSTID')
-    redis.call('ZADD', later, now + tonumber(ARGV[i + 1]), id)
-    done = done + 1
+    redis.call('ZADD', later, due, id)
   end
 end
-return done
+return 1
 """
 )
 
@@ -157,129 +161,139 @@ return 1
 """
 )
 
-_WRAP = """
-local MARK = '\\0ms1'
-local function wrap(element, more, id)
-  if string.sub(element, 1, 4) == MARK then
-    local n = struct.unpack('>I4', element, 5)
-    return MARK .. struct.pack('>I4', n + more) .. string.sub(element, 9)
-  end
-  return MARK .. struct.pack('>I4', 1 + more) .. id .. element
+_LIST = r"""
+local function open(value)
+  if string.byte(value) ~= 0 then return value, 1 end
+  local _, count, size = struct.unpack('>BI4B', value)
+  return string.sub(value, 7 + size), count, string.sub(value, 7, 6 + size)
+end
+local function wrap(element, count, id)
+  return struct.pack('>BI4B', 0, count, #id) .. id .. element
 end
 """
 
-#: KEYS: list, in-flight list. ARGV: how many. Gives the elements.
-LIST_TAKE = Script(
-    """
-local out = {}
-for i = 1, tonumber(ARGV[1]) do
-  local element = redis.call('LMOVE', KEYS[1], KEYS[2], 'LEFT', 'RIGHT')
-  if not element then break end
-  out[i] = element
+#: Gives elements of ``from`` their ids, and holds them in the hash of what was taken.
+_MOVE = """
+local out, number = {}, tonumber(ARGV[2])
+local function move(from, taken, room)
+  if room < 1 then return end
+  local found, fields = redis.call('LRANGE', from, 0, math.min(room, 1000) - 1), {}
+  for i, element in ipairs(found) do
+    local id = ARGV[1] .. '-' .. number
+    fields[2 * i - 1] = id
+    fields[2 * i] = string.byte(element) == 0 and wrap(element, 1, id) or element
+    out[#out + 1] = element
+    number = number + 1
+  end
+  if #found == 0 then return end
+  redis.call('HSET', taken, unpack(fields))
+  redis.call('LTRIM', from, #found, -1)
 end
+"""
+
+#: KEYS: list, next, taken. ARGV: me, the number of the first, how many. Gives the elements.
+LIST_TAKE = Script(
+    _LIST
+    + _MOVE
+    + """
+redis.call('HDEL', KEYS[3], '')
+move(KEYS[2], KEYS[3], tonumber(ARGV[3]))
+move(KEYS[1], KEYS[3], tonumber(ARGV[3]) - #out)
 return out
 """
 )
 
-#: KEYS: in-flight list. ARGV: elements. Gives how many were there. As a rule they are the first
-#: ones in their order, and go as one.
-LIST_ACK = Script(
-    """
-local head = redis.call('LRANGE', KEYS[1], 0, #ARGV - 1)
-local same = #head == #ARGV
-for i = 1, #head do
-  if head[i] ~= ARGV[i] then same = false; break end
-end
-if same then
-  redis.call('LTRIM', KEYS[1], #ARGV, -1)
-  return #ARGV
-end
-local done = 0
-for i = 1, #ARGV do done = done + redis.call('LREM', KEYS[1], 1, ARGV[i]) end
-return done
-"""
-)
-
-#: KEYS: list, in-flight list, alive, later. ARGV: me, ms until a silent member is dead, how many
-#: due elements to take, how many of dead members, how the name of an in-flight list begins, eight
-#: random bytes. Gives the elements, whether there are more, ms until the next is due, how many
-#: elements are ours.
+#: KEYS: next, taken, alive, later. ARGV: me, the number of the first, ms until a silent member is
+#: dead, how many due elements to take, how many of dead members, how the name of what a member
+#: has taken begins. Gives elements that are new, then ids and elements of others, whether there
+#: are more, ms until the next is due, how many elements are ours.
 LIST_TICK = Script(
     _NOW
-    + _WRAP
+    + _LIST
+    + _MOVE
     + """
-local mine, alive, later = KEYS[2], KEYS[3], KEYS[4]
-local me, ttl, room, dead_room = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local taken, alive, later, me = KEYS[2], KEYS[3], KEYS[4], ARGV[1]
+local ttl, room, dead_room = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+redis.call('ZREM', alive, '')
 redis.call('ZADD', alive, now, me)
-local out, more = {}, 0
-local function take(element, uid)
-  local again = wrap(element, 1, uid)
-  redis.call('RPUSH', mine, again)
-  out[#out + 1] = again
+move(KEYS[1], taken, room)
+local again, more = {}, 0
+local function take(value, id)
+  local element, count, known = open(value)
+  id = known or id
+  redis.call('HSET', taken, id, wrap(element, count + 1, id))
+  again[#again + 1] = id
+  again[#again + 1] = wrap(element, count + 1, id)
 end
-for _, element in ipairs(redis.call('ZRANGEBYSCORE', later, '-inf', now, 'LIMIT', 0, room)) do
-  redis.call('ZREM', later, element)
-  take(element, ARGV[6])
+for _, value in ipairs(redis.call('ZRANGEBYSCORE', later, '-inf', now, 'LIMIT', 0, room - #out)) do
+  take(value)
+  redis.call('ZREM', later, value)
 end
+local function number_of(id) return tonumber(string.match(id, '%d+$')) end
 for _, name in ipairs(redis.call('ZRANGEBYSCORE', alive, '-inf', now - ttl)) do
-  local theirs = ARGV[5] .. name
-  while dead_room > 0 do
-    local element = redis.call('LPOP', theirs)
-    if not element then redis.call('ZREM', alive, name); break end
-    take(element, string.sub(ARGV[6], 1, 6) .. struct.pack('>I2', #out % 65536))
+  local theirs = ARGV[6] .. name
+  local ids = redis.call('HKEYS', theirs)
+  table.sort(ids, function(a, b) return number_of(a) < number_of(b) end)
+  for _, id in ipairs(ids) do
+    if dead_room < 1 then more = 1; break end
+    take(redis.call('HGET', theirs, id), id)
+    redis.call('HDEL', theirs, id)
     dead_room = dead_room - 1
   end
-  if redis.call('EXISTS', theirs) == 1 then more = 1 end
+  if redis.call('EXISTS', theirs) == 0 then redis.call('ZREM', alive, name) end
 end
 local next = redis.call('ZRANGE', later, 0, 0, 'WITHSCORES')
 local due = -1
 if #next > 0 then due = math.max(tonumber(next[2]) - now, 0) end
-return {out, more, due, redis.call('LLEN', mine)}
+return {out, again, more, due, redis.call('HLEN', taken)}
 """
 )
 
-#: KEYS: list, in-flight list, later. ARGV: element, ms until the next delivery, whether the
-#: present one did not begin, eight random bytes; for each element.
+#: KEYS: list, taken, later. ARGV: ms until the next delivery, whether the present one did not
+#: begin, ids.
 LIST_NACK = Script(
     _NOW
-    + _WRAP
+    + _LIST
     + """
-local list, mine, later = KEYS[1], KEYS[2], KEYS[3]
-local done = 0
-for i = 1, #ARGV, 4 do
-  local element, fresh = ARGV[i], tonumber(ARGV[i + 2])
-  if redis.call('LREM', mine, 1, element) == 1 then
-    if fresh == 1 and string.sub(element, 1, 4) ~= MARK then
-      redis.call('LPUSH', list, element)
+local due, fresh = now + tonumber(ARGV[1]), tonumber(ARGV[2])
+redis.call('HDEL', KEYS[2], '')
+for i = #ARGV, 3, -1 do
+  local id = ARGV[i]
+  local value = redis.call('HGET', KEYS[2], id)
+  if value then
+    local element, count = open(value)
+    if count - fresh == 0 then
+      redis.call('LPUSH', KEYS[1], element)
     else
-      redis.call('ZADD', later, now + tonumber(ARGV[i + 1]), wrap(element, -fresh, ARGV[i + 3]))
+      redis.call('ZADD', KEYS[3], due, wrap(element, count - fresh, id))
     end
-    done = done + 1
+    redis.call('HDEL', KEYS[2], id)
   end
 end
-return done
+return 1
 """
 )
 
-#: KEYS: in-flight list, alive. ARGV: me.
+#: KEYS: list, next, taken, alive. ARGV: me.
 LIST_LEAVE = Script(
     """
-if redis.call('EXISTS', KEYS[1]) == 0 then
-  redis.call('ZREM', KEYS[2], ARGV[1])
+while redis.call('LMOVE', KEYS[2], KEYS[1], 'RIGHT', 'LEFT') do end
+if redis.call('EXISTS', KEYS[3]) == 0 then
+  redis.call('ZREM', KEYS[4], ARGV[1])
 else
-  redis.call('ZADD', KEYS[2], 0, ARGV[1])
+  redis.call('ZADD', KEYS[4], 0, ARGV[1])
 end
 return 1
 """
 )
 
 
-def unwrap(element: bytes) -> tuple[bytes, int, bytes]:
-    """The value in an element of an in-flight list, its number of deliveries, and its id."""
-    if not element.startswith(MARK):
-        return element, 1, b""
-    count, uid = _WRAPPED.unpack_from(element, len(MARK))
-    return element[len(MARK) + _WRAPPED.size :], count, uid
+def unwrap(value: bytes) -> tuple[bytes, int]:
+    """The element in a value of what was taken, and its number of deliveries."""
+    if value[:1] != b"\0":
+        return value, 1
+    _, count, size = _WRAPPED.unpack_from(value)
+    return value[_WRAPPED.size + size :], count
 
 
 #: KEYS: a deduplication key. ARGV: ms of the lease.

@@ -12,6 +12,7 @@ from millstream.errors import NackMessage
 from millstream.redis import ListSub, RedisBroker, RedisListMessage
 from millstream.retry import Retry
 from tests.helpers import eventually
+from tests.servers.redis import RedisServer
 
 
 async def keys(client: Redis, name: str) -> dict[bytes, Any]:
@@ -27,7 +28,7 @@ async def test_elements_are_taken_from_the_head_and_settled(
 
     @broker.subscriber(list=name)
     async def handler(body: int, message: RedisListMessage) -> None:
-        assert await client.llen(f"{{{name}}}:ms:taken:{member(broker)}") >= 1
+        assert await client.hlen(f"{{{name}}}:ms:taken:{member(broker)}") >= 1
         got.append((body, message.destination))
 
     await broker.start()
@@ -91,7 +92,7 @@ async def test_what_a_dead_process_had_taken_is_taken_over(
     broker: RedisBroker, client: Redis, name: str
 ) -> None:
     got: list[tuple[int, int]] = []
-    await client.rpush(f"{{{name}}}:ms:taken:dead-1", "1", "2")
+    await client.hset(f"{{{name}}}:ms:taken:dead-1", mapping={"dead-1-10": "2", "dead-1-9": "1"})
     await client.zadd(f"{{{name}}}:ms:alive", {"dead-1": 1000.0})
 
     @broker.subscriber(list=ListSub(name, ack_wait=1.0))
@@ -172,3 +173,67 @@ async def test_lag_counts_what_waits(broker: RedisBroker, client: Redis, name: s
     await broker.subscriptions[0].ask_lag()
     assert broker.health()["subscriptions"][0]["lag"] == 9
     gate.set()
+
+
+async def test_a_full_server_is_emptied(redis_server: RedisServer) -> None:
+    """The server takes nothing more, and what it holds is still handed out, and settled."""
+    broker = RedisBroker(redis_server.url)
+    got: list[int] = []
+
+    @broker.subscriber(list=ListSub("l", ack_wait=1.0), concurrency=2, retry=Retry(delay=0.1))
+    async def handler(body: int, message: RedisListMessage) -> None:
+        await asyncio.sleep(0.3)  # signs of life are needed meanwhile
+        if body == 1 and message.attempt == 1:
+            raise ValueError("no stock")
+        got.append(body)
+
+    async with Redis.from_url(redis_server.url) as client:
+        await client.rpush("l", *map(str, range(10)))
+        await client.config_set("maxmemory", "1kb")
+        await broker.start()
+        await eventually(lambda: sorted(got) == list(range(10)), 10)
+        await eventually(lambda: broker.subscriptions[0].in_flight == 0)
+        await client.config_set("maxmemory", "0")
+        await broker.publish(10, list="l")
+        await eventually(lambda: got[-1] == 10)
+        await broker.stop()
+        assert not await keys(client, "l")
+
+
+@pytest.mark.parametrize("body", [b"\x00", b"\x00ms", b"\x00\x00\x00\x00\x09\x00odd", b""])
+async def test_an_element_may_be_anything(
+    broker: RedisBroker, client: Redis, name: str, body: bytes
+) -> None:
+    got: list[tuple[bytes, int]] = []
+
+    @broker.subscriber(list=name, retry=Retry(delay=0.05))
+    async def handler(message: RedisListMessage) -> None:
+        got.append((message.body, message.attempt))
+        if len(got) < 3:
+            raise ValueError("no stock")
+
+    await client.rpush(name, body)
+    await broker.start()
+    await eventually(lambda: len(got) == 3)
+    assert got == [(body, 1), (body, 2), (body, 3)]
+
+
+async def test_waiting_processes_take_turns(
+    broker: RedisBroker, second: RedisBroker, client: Redis, name: str
+) -> None:
+    """One element wakes one of those that wait; what it was given is not lost with it."""
+    got: list[int] = []
+    for one in (broker, second):
+
+        @one.subscriber(list=ListSub(name, ack_wait=1.0))
+        async def handler(body: int) -> None:
+            got.append(body)
+
+        await one.start()
+    for n in range(20):
+        await client.rpush(name, str(n))
+        await eventually(lambda n=n: len(got) == n + 1)
+    assert sorted(got) == list(range(20))
+    # As if a process had ended between the two steps.
+    await client.rpush(f"{{{name}}}:ms:next", "20")
+    await eventually(lambda: len(got) == 21)

@@ -122,7 +122,7 @@ class RedisList(RedisStream):
         name = plain_name(self.address(setup))
         count = int(await broker.client.llen(name))
         async for key in broker.client.scan_iter(f"{{{name}}}:ms:taken:*"):
-            count += int(await broker.client.llen(key))
+            count += int(await broker.client.hlen(key))
         return count + int(await broker.client.zcard(f"{{{name}}}:ms:later"))
 
     async def made(self, broker: Any, setup: Setup) -> list[bytes]:
