@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .driver import PublicationSpec, PublishCommand
@@ -56,7 +57,17 @@ def ensure_response(result: Any) -> Response:
 class Publication:
     """A publisher inside a broker: the declaration with its prefix, and the way to send."""
 
-    __slots__ = ("broker", "chain", "command", "defaults", "publisher", "request", "send", "spec")
+    __slots__ = (
+        "broker",
+        "chain",
+        "command",
+        "defaults",
+        "many",
+        "publisher",
+        "request",
+        "send",
+        "spec",
+    )
 
     def __init__(
         self, publisher: Publisher, spec: PublicationSpec, scope: Scope, broker: Broker
@@ -70,6 +81,8 @@ class Publication:
             for name in self.command.__struct_fields__
             if hasattr(spec, name) and getattr(spec, name) != getattr(plain, name)
         }
+        #: Whether what is published is a list, each item of which is a message.
+        self.many: bool = getattr(spec, "batch", False)
         self.send: Send = broker.sender(
             spec.codec or scope.codec, (*scope.middlewares, *spec.middlewares)
         )
@@ -89,8 +102,39 @@ class Publication:
             values["headers"] = {**declared, **(given or {})}
         return self.command(message=message, **values)
 
+    async def all(self, message: Any, overrides: Mapping[str, Any]) -> Sequence[Any]:
+        """Publish each item of a list by itself, all at once and in order.
+
+        Raises:
+            TypeError: it is no list.
+            ExceptionGroup: some failed; the others are published.
+        """
+        if not isinstance(message, list | tuple):
+            raise TypeError(
+                f"{self.spec.destination!r} publishes lists, one message for each item; "
+                f"this is {type(message).__name__}"
+            )
+        commands = [self.make(item, overrides) for item in message]
+        for command in commands:
+            correlate(command)
+        results = await asyncio.gather(*map(self.send, commands), return_exceptions=True)
+        errors = [r for r in results if isinstance(r, Exception)]
+        if errors:
+            text = f"{len(errors)} of {len(results)} messages were not published"
+            raise ExceptionGroup(text, errors)
+        return results
+
     async def result(self, message: Message[Any], result: Any) -> None:
         """Publish what a handler returned."""
+        if self.many:
+            overrides = ensure_response(result).options
+            if isinstance(result, Response):
+                overrides = {**overrides, "correlation_id": result.correlation_id}
+                if result.headers is not None:
+                    overrides["headers"] = result.headers
+                result = result.body
+            await self.all(result, overrides)
+            return
         if isinstance(result, Response):
             overrides = dict(result.options)
             if result.headers is not None:
@@ -140,11 +184,14 @@ class Publisher(Spied):
         """Publish one message; ``overrides`` are arguments of the broker's ``publish``.
 
         Inside a handler the incoming message's correlation id is kept. Returns the broker's
-        receipt. Raises as the broker's ``publish`` does.
+        receipt. Raises as the broker's ``publish`` does. A publisher with ``batch=True`` takes a
+        list, each item of which is a message, and returns a list.
         """
         publication = self.publication()
+        if publication.many:
+            return await publication.all(message, overrides)
         command = publication.make(message, overrides)
-        _correlate(command)
+        correlate(command)
         return await publication.send(command)
 
     async def request(self, message: Any = None, **overrides: Any) -> Any:
@@ -152,14 +199,14 @@ class Publisher(Spied):
         response_model = overrides.pop("response_model", None)
         publication = self.publication()
         command = publication.make(message, overrides)
-        _correlate(command)
+        correlate(command)
         return await publication.broker.answer(publication.request, command, response_model)
 
     def __repr__(self) -> str:
         return f"<Publisher {self.spec.destination!r}>"
 
 
-def _correlate(command: PublishCommand) -> None:
+def correlate(command: PublishCommand) -> None:
     if command.correlation_id is None:
         message = current.get()
         if message is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack, cast, overload
 
 from ..broker import Broker, BrokerOptions, known_options
+from ..driver import SubscriptionSpec
 from ..endpoints import (
     Endpoints,
     P,
@@ -18,12 +20,21 @@ from ..endpoints import (
     produces,
     sends,
 )
-from ..errors import SetupError
+from ..errors import CapabilityError, SetupError, StateError
 from ..security import BaseSecurity
 from ..subscriber import Subscriber
-from .client import Client
+from .client import Broken, Client
 from .driver import KafkaDriver
-from .options import KafkaPublication, KafkaPublish, KafkaRequest, KafkaSubscription, Topic
+from .flow import Flow
+from .offsets import Place
+from .options import (
+    KafkaPublication,
+    KafkaPublish,
+    KafkaRequest,
+    KafkaSubscription,
+    Topic,
+    TopicPartition,
+)
 from .settings import addresses, confluent, producing
 from .transactions import Transactional, check, opened
 
@@ -91,15 +102,53 @@ class KafkaConnect(BrokerOptions, total=False):
     client_rack: str | None
 
 
+class KafkaSubscriber(Subscriber):
+    """A declared subscription on Kafka."""
+
+    async def seek(
+        self, where: int | datetime | Literal["beginning", "end"], *partitions: TopicPartition
+    ) -> None:
+        """Read from another place on, and have the group know it.
+
+        Messages that run or wait for a handler at the moment are handled, but are settled no
+        more. Other members of the group are not moved: each has partitions of its own.
+
+        Args:
+            where: an offset, the time of the first message, or an end of the log.
+            partitions: these only; otherwise all that this process has at the moment.
+
+        Raises:
+            StateError: it is not started, or has none of these partitions.
+            CapabilityError: it runs in memory.
+        """
+        if not isinstance(where, int | datetime) and where not in ("beginning", "end"):
+            raise SetupError(f"seek({where!r})", fix="an offset, a datetime, 'beginning' or 'end'")
+        if isinstance(where, int) and where < 0:
+            raise SetupError(f"seek({where})", fix="an offset is 0 or more")
+        reader = self._reader
+        running = [reader] if reader is not None and reader.open else self._started()
+        only = [Place(p.topic, p.partition) for p in partitions]
+        for subscription in running:
+            flow = subscription.link.intake
+            if not isinstance(flow, Flow):
+                raise CapabilityError("nothing is sought in memory", fix="use a server")
+            if not all(place in flow.parts for place in only):
+                raise StateError(f"these are not all ours: {', '.join(map(str, partitions))}")
+            try:
+                await flow.seek(where, only)
+            except Broken as error:
+                raise StateError(f"{self.spec.destination}: not sought: {error}") from error
+
+
 class _OfTopics(Protocol[P]):
     """``subscriber(topic, ...)``, or with several topics first."""
 
     @overload
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Subscriber: ...
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> KafkaSubscriber: ...
     @overload
     def __call__(
         self, first: str | Topic, second: str | Topic, /, *more: str | Topic, **options: Any
-    ) -> Subscriber: ...
+    ) -> KafkaSubscriber: ...
 
 
 class _DeclaresTopics(declares[P]):
@@ -130,6 +179,11 @@ class KafkaEndpoints(Endpoints):
 
     subscriber = _DeclaresTopics(KafkaSubscription)
     publisher = produces(KafkaPublication)
+
+    def _subscribe(self, spec: SubscriptionSpec, /) -> KafkaSubscriber:
+        subscriber = KafkaSubscriber(spec, self)
+        self.subscribers.append(subscriber)
+        return subscriber
 
 
 class KafkaRouter(KafkaEndpoints, Router):
@@ -245,4 +299,5 @@ __all__ = [
     "KafkaPublisher",
     "KafkaRoute",
     "KafkaRouter",
+    "KafkaSubscriber",
 ]

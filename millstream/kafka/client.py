@@ -98,6 +98,9 @@ class Owner(Protocol):
     def failed(self, error: Broken) -> None:
         """The reader reports an error; a fatal one is its end."""
 
+    def moved(self, start: Start) -> None:
+        """What arrives of a partition from now on begins there."""
+
     def fence(self, places: Sequence[Place]) -> None:
         """These partitions are gone while we were stuck; called in any thread."""
 
@@ -126,10 +129,19 @@ class Reader(Protocol):
     async def refresh(self) -> None:
         """Bring ``member`` up to date."""
 
-    def seek(self, place: Place, offset: int) -> None: ...
+    async def seek(self, place: Place, offset: int) -> None:
+        """Read a partition from there; the owner is told when it is so.
+
+        Raises:
+            Broken: the partition is not read.
+        """
 
     async def ends(self, places: Sequence[Place]) -> dict[Place, int]:
         """The offsets behind the last messages."""
+        ...
+
+    async def begins(self, places: Sequence[Place]) -> dict[Place, int]:
+        """The offsets of the first messages."""
         ...
 
     async def times(self, places: Sequence[Place], ms: int) -> dict[Place, int]:

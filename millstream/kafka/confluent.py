@@ -48,6 +48,8 @@ TURN = 0.1
 STALL = 0.5
 #: Seconds for one question to the cluster.
 ASK = 5.0
+#: Seconds between two looks whether we were refused.
+GREET = 0.5
 #: Errors that come and go while brokers do.
 _PASSING = {
     KafkaError._TRANSPORT,
@@ -135,7 +137,7 @@ class ConfluentClient:
         try:
             common = {**self.settings, "error_cb": self._on_error}
             self._admin = AdminClient(common)
-            await self.ask(self._admin.list_topics, timeout=ASK)
+            await self._greet()
             self._producer = Producer({**common, **self.producing})
         except (KafkaException, Broken) as error:
             await self.close()
@@ -146,6 +148,18 @@ class ConfluentClient:
         self._open = True
         self._poller = threading.Thread(target=self._report, name="kafka-reports", daemon=True)
         self._poller.start()
+
+    async def _greet(self) -> None:
+        """Wait until a broker answers, or refuses us: only ``poll`` tells of that."""
+        end = time.monotonic() + ASK
+        while True:
+            try:
+                await self.ask(self._admin.list_topics, timeout=GREET)
+                return
+            except Broken:
+                await self.ask(self._admin.poll, 0)
+                if self.refusals or time.monotonic() > end:
+                    raise
 
     async def close(self) -> None:
         self._open = False
@@ -224,7 +238,11 @@ class ConfluentClient:
                 topic, value, key, on_delivery=functools.partial(self._delivered, future), **more
             )
         except KafkaException as error:
-            raise broken(error) from error
+            problem = broken(error)
+            if "TOO_LARGE" in problem.code:
+                most = self.producing.get("message.max.bytes")
+                problem = Broken(f"{problem} (max_request_size is {most} bytes)", problem.code)
+            raise problem from error
         return future
 
     def _delivered(self, future: asyncio.Future[RecordMetadata], error: Any, message: Any) -> None:
@@ -483,8 +501,13 @@ class ConfluentReader:
         # Only in the reader's thread, or it waits for ever.
         self.member = self._consumer.consumer_group_metadata()
 
-    def seek(self, place: Place, offset: int) -> None:
-        self._order(functools.partial(self._consumer.seek, TopicPartition(*place, offset)))
+    async def seek(self, place: Place, offset: int) -> None:
+        await self._order(functools.partial(self._seek, place, offset))
+
+    def _seek(self, place: Place, offset: int) -> None:
+        self._consumer.seek(TopicPartition(*place, offset))
+        # Told behind all that came from the old place, and before what comes from the new.
+        self.client._tell(self.owner.moved, Start(*place, offset, None))
 
     def _order(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
         """Have something done by the reader's thread.
@@ -501,6 +524,9 @@ class ConfluentReader:
 
     async def ends(self, places: Sequence[Place]) -> dict[Place, int]:
         return await self.client.ends(places)
+
+    async def begins(self, places: Sequence[Place]) -> dict[Place, int]:
+        return await self.client.ask(self.client.edges, places, OffsetSpec.earliest())  # type: ignore[no-any-return]
 
     async def times(self, places: Sequence[Place], ms: int) -> dict[Place, int]:
         return await self.client.ask(self.client.edges, places, OffsetSpec.for_timestamp(ms))  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..ack import Settlement
@@ -293,6 +294,10 @@ class Flow:
                 self.reader.halt(part.place, False)
         if not self._freed.is_set():
             self._freed.set()
+        if (
+            part.begun and raw.offset in part.begun
+        ):  # if we die now, nobody is to think that it killed us
+            await self.commit()
 
     def _back(self, raw: Record, part: Partition, delay: float, unbegun: bool) -> None:
         """A message that failed: again after a while, here or wherever its partition is then."""
@@ -319,8 +324,45 @@ class Flow:
         if raw.offset in part.begun:
             return True
         part.begun.add(raw.offset)
-        await self.reader.commit([part.commit()])
+        try:
+            await self.reader.commit([part.commit()])
+        except Broken as error:  # a later one says it; or the partition is not ours any more
+            log.debug("%s: not noted: %s", self.spec.destination, error)
         return False
+
+    # Seeking
+
+    async def seek(self, where: int | str | datetime, only: Sequence[Place] = ()) -> None:
+        """Read our partitions from another place; see the subscriber.
+
+        Raises:
+            Broken: a partition is not ours any more, or the cluster is away.
+        """
+        places = [place for place in self.parts if not only or place in only]
+        if isinstance(where, int):
+            found = dict.fromkeys(places, where)
+        elif isinstance(where, datetime):
+            found = await self.reader.times(places, int(where.timestamp() * 1000))
+            if late := [place for place, offset in found.items() if offset < 0]:
+                found |= await self.reader.ends(late)
+        elif where == "beginning":
+            found = await self.reader.begins(places)
+        else:
+            found = await self.reader.ends(places)
+        for place, offset in found.items():
+            part = self.parts.get(place)
+            if part is not None:
+                part.fenced = True  # what was read before counts no more
+                await self.reader.seek(place, offset)
+                if part.paused:
+                    self.reader.halt(place, False)
+        if self.settles:
+            await self.commit()
+
+    def moved(self, start: Start) -> None:
+        place = Place(start.topic, start.partition)
+        if place in self.parts:
+            self.parts[place] = self.partition(place, start.offset, None)
 
     # Committing
 

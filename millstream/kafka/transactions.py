@@ -14,6 +14,7 @@ import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextvars import ContextVar
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -179,20 +180,21 @@ def take(parts: Iterable[TransactionalPartition]) -> Taking:
         return lone
     counts = {part: part.ready() for part in parts}
     changed = True
+    units: dict[Unit, bool] = {}
     while changed:  # a unit that has to wait keeps back what is behind it
         changed = False
+        units.clear()
         for part, count in counts.items():
             for index, record in enumerate(itertools.islice(part.open, count)):
                 unit = record.unit
-                if unit is not None and (unit.alone or not _covered(unit, counts)):
+                if unit is None:
+                    continue
+                if unit not in units:
+                    units[unit] = not unit.alone and _covered(unit, counts)
+                if not units[unit]:
                     counts[part], changed = index, True
                     break
-    units: dict[int, Unit] = {}
-    for part, count in counts.items():
-        for record in itertools.islice(part.open, count):
-            if record.unit is not None:
-                units[id(record.unit)] = record.unit
-    return Taking(list(units.values()), {part: n for part, n in counts.items() if n})
+    return Taking(list(units), {part: n for part, n in counts.items() if n})
 
 
 def _lone(parts: list[TransactionalPartition]) -> Taking | None:
@@ -294,6 +296,11 @@ class TransactionalFlow(Flow):
         unit: Unit | None = records[0].unit if records else None
         if unit is not None and (isinstance(raw, list) or len(unit.records) == 1):
             unit.drop()
+
+    async def begun(self, raw: Any, /) -> bool:
+        # A commit within a transaction's would stand although it is the older one.
+        async with self._committing:
+            return await super().begun(raw)
 
     # Committing
 
@@ -441,6 +448,10 @@ class TransactionalFlow(Flow):
         if self._dead:
             return False
         return await self.transact() and not self._dead
+
+    async def seek(self, where: int | str | datetime, only: Sequence[Place] = ()) -> None:
+        await self.transact()  # what is done stays done
+        await super().seek(where, only)
 
     async def close(self) -> None:
         await super().close()

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from confluent_kafka import Consumer, Producer
 
 from millstream import Batch, Response, Retry
-from millstream.errors import MessageTooLarge, SetupErrors
+from millstream.errors import MessageTooLarge, SetupError, SetupErrors, StateError
 from millstream.kafka import (
     KafkaBroker,
     KafkaMessage,
@@ -98,6 +99,89 @@ async def test_a_batch_has_a_result_per_message(kafka: Any) -> None:
             await broker.publish_batch("a", b"x" * 2_000_000, topic=topic)
     finally:
         await broker.stop()
+
+
+async def test_a_list_is_published_item_by_item(kafka: Any) -> None:
+    topic, out = unique(), unique()
+    broker = make(kafka)
+    got: list[tuple[Any, bytes | None, str | None, str]] = []
+    many = broker.publisher(out, batch=True, key="k", headers={"h": "x"})
+
+    @broker.subscriber(topic, group_id=topic, retry=Retry(attempts=1))
+    @many
+    async def handler(body: int) -> Any:
+        if body == 0:
+            return "no list"
+        return [body, KafkaPublishMessage(body + 1, key="other")]
+
+    @broker.subscriber(out, group_id=out)
+    async def result(body: Any, message: KafkaMessage) -> None:
+        got.append((body, message.key, message.headers.get("h"), message.correlation_id))
+
+    await broker.start()
+    try:
+        await broker.publish(0, topic)
+        await broker.publish(1, topic, correlation_id="c")
+        await eventually(lambda: len(got) == 2)
+        assert got == [(1, b"k", "x", "c"), (2, b"other", "x", "c")]
+        receipts = await many.publish([7, 8, 9], key=None)
+        assert [r.topic for r in receipts] == [out] * 3
+        await eventually(lambda: [body for body, *_ in got[2:]] == [7, 8, 9])
+        assert broker.subscriptions[0].failing.dead_lettered == 1
+        with pytest.raises(TypeError, match="publishes lists"):
+            await many.publish(1)
+        with pytest.raises(ExceptionGroup, match="1 of 2"):
+            await many.publish([b"x" * 2_000_000, 1])
+    finally:
+        await broker.stop()
+
+
+async def test_reading_goes_on_somewhere_else(kafka: Any) -> None:
+    topic = unique()
+    broker = make(kafka)
+    got: list[int] = []
+    subscriber = broker.subscriber(Topic(topic, 1), group_id=topic, auto_commit_interval_ms=50)
+
+    @subscriber
+    async def handler(body: int) -> None:
+        got.append(body)
+
+    await broker.start()
+    try:
+        for body in range(10):
+            await broker.publish(body, topic, timestamp_ms=1_700_000_000_000 + body * 1000)
+        await eventually(lambda: len(got) == 10)
+        got.clear()
+        await subscriber.seek("beginning")
+        await eventually(lambda: got == list(range(10)))
+        got.clear()
+        await subscriber.seek(7)
+        await eventually(lambda: got == [7, 8, 9])
+        got.clear()
+        await subscriber.seek(datetime.fromtimestamp(1_700_000_005, UTC), TopicPartition(topic, 0))
+        await eventually(lambda: got == [5, 6, 7, 8, 9])
+        got.clear()
+        await subscriber.seek(0)
+        await subscriber.seek("end")
+        await eventually(lambda: committed(broker, topic, topic))
+        await broker.publish(10, topic)
+        await eventually(lambda: got[-1:] == [10])
+        await eventually(lambda: _is(committed(broker, topic, topic), 11))
+        with pytest.raises(StateError, match="not all ours"):
+            await subscriber.seek("end", TopicPartition(topic, 5))
+        with pytest.raises(SetupError, match="an offset"):
+            await subscriber.seek(-3)
+        loner = broker.subscriber(topic, persistent=False)
+        assert await loner.get_one(timeout=0.3) is None
+        await loner.seek(3)
+        message = await loner.get_one(timeout=5)
+        assert message is not None and await message.decode() == 3
+    finally:
+        await broker.stop()
+
+
+async def _is(asked: Any, wanted: Any) -> bool:
+    return await asked == wanted
 
 
 async def test_only_what_is_done_without_a_gap_is_committed(kafka: Any) -> None:
