@@ -87,7 +87,7 @@ docs-check: $(VENV)/ready
 
 bench: $(VENV)/ready
 	@test -x .venv-bench/bin/python || $(MAIN) -m venv .venv-bench
-	@.venv-bench/bin/python $(PIP_INSTALL) -e ".[all]" "faststream[nats,redis,rabbit,kafka,confluent,mqtt]"
+	@.venv-bench/bin/python $(PIP_INSTALL) -e ".[all]" "faststream[nats,redis,rabbit,kafka,confluent,mqtt]" mqttium
 	.venv-bench/bin/python -m benchmarks.bench $(BROKER) $(if $(WRITE),--write docs/benchmarks.md)
 
 # Written anew from these results, also when some scenario fails.

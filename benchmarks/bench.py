@@ -31,7 +31,7 @@ from benchmarks.common import ROOT, Failed, progress
 from millstream.embedded import EmbeddedNats
 
 #: A section for each.
-BROKERS = ["nats", "redis", "kafka"]
+BROKERS = ["nats", "redis", "rabbit", "kafka", "mqtt"]
 
 # Imports, memory, start
 
