@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from millstream.broker import Broker
     from millstream.fastapi import StreamRouter
 
-    class AnyRouter(StreamRouter):
+    class AnyRouter(StreamRouter[Broker]):
         """What the routers of all brokers have in common."""
 
         def subscriber(self, **options: Any) -> Subscriber: ...

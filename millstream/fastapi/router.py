@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
@@ -18,14 +18,17 @@ from .markers import as_endpoint, router_of
 from .streams import Lifespan, Part, PartOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
+B = TypeVar("B", bound=Broker)
 
 
 class RouterOptions(PartOptions, total=False):
     """What a router with a broker takes besides the broker's options: those of ``APIRouter``.
 
-    ``prefix``, ``tags`` and ``dependencies`` belong to the HTTP side.
+    ``prefix``, ``tags`` and ``dependencies`` belong to the HTTP side. ``broker`` is one that is
+    there already.
     """
 
+    broker: Broker
     default_response_class: Any
     responses: Any
     callbacks: Any
@@ -42,33 +45,39 @@ class RouterOptions(PartOptions, total=False):
     generate_unique_id_function: Any
 
 
-_HTTP = {*RouterOptions.__annotations__, "prefix", "tags", "dependencies"}
+_HTTP = {*RouterOptions.__annotations__, "prefix", "tags", "dependencies"} - {"broker"}
 
 
-class StreamRouter(APIRouter):
+class StreamRouter(APIRouter, Generic[B]):
     """An ``APIRouter`` that owns a broker; each broker's package has its own subclass.
+
+    A subclass names the classes of its broker and of that one's plain router, what a subscriber
+    and a publisher can be told, and how the broker's address is called.
 
     Subscribers and publishers are declared on it as on a broker, endpoints as on any
     ``APIRouter``, and one function may be all of that at once. A router without arguments for
     a broker shares the broker of the router that includes it.
 
     Args:
-        arguments: the broker's positional arguments.
-        broker: a broker that is there already, instead of arguments and options for one.
+        address: the broker's; its only positional argument.
+        broker: a broker that is there already, instead of an address and options for one.
         options: options of the broker, of ``APIRouter`` (``prefix``, ``tags``,
             ``dependencies`` … mean its own) and of :class:`Part`.
 
     Raises:
-        SetupError: both a broker and arguments for one are given.
+        SetupError: both a broker and what makes one are given.
     """
 
-    broker_class: ClassVar[type[Broker]]
+    broker_class: ClassVar[Any]
     router_class: ClassVar[type[Router]]
 
-    def __init__(self, *arguments: Any, broker: Broker | None = None, **options: Any) -> None:
+    def __init__(
+        self, address: Any = None, *, broker: Broker | None = None, **options: Any
+    ) -> None:
         names = PartOptions.__annotations__
         part = {name: options.pop(name) for name in list(options) if name in names}
         http = {name: options.pop(name) for name in list(options) if name in _HTTP}
+        arguments = () if address is None else (address,)
         if broker is not None and (arguments or options):
             given = ", ".join([*map(repr, arguments), *options])
             raise SetupError(
@@ -79,7 +88,7 @@ class StreamRouter(APIRouter):
         self._part = Part(lambda: self.broker, **part)
         self._parts = [self._part]
         self._inner: Any = None
-        self._host: StreamRouter | None = None
+        self._host: StreamRouter[Any] | None = None
         self._broker: Broker | None = None
         #: What is declared here; part of the broker, whichever that will be.
         self.declared = self.router_class()
@@ -93,12 +102,11 @@ class StreamRouter(APIRouter):
         return broker
 
     @property
-    def broker(self) -> Any:
+    def broker(self) -> B:
         """The broker; one without arguments is made on first use."""
         if self._host is not None:
-            return self._host.broker
-        kind: Any = self.broker_class
-        return self._broker or self._own(kind())
+            return cast(B, self._host.broker)
+        return cast(B, self._broker or self._own(self.broker_class()))
 
     @property
     def lifespan_context(self) -> Any:
@@ -135,7 +143,7 @@ class StreamRouter(APIRouter):
             self.declared.include_router(router.declared)
         super().include_router(router, *args, **kwargs)
 
-    def _homeless(self, host: StreamRouter) -> bool:
+    def _homeless(self, host: StreamRouter[Any]) -> bool:
         alone = self._broker is None and self._host is None
         return alone and self.broker_class is host.broker_class
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Unpack
 
 from ..endpoints import produces
 from ..fastapi.router import RouterOptions, StreamRouter
@@ -30,10 +30,8 @@ __all__ = [
 class KafkaRouterOptions(RouterOptions, KafkaConnect, total=False):
     """Options of :class:`KafkaRouter`: of the broker, of ``APIRouter`` and of the integration."""
 
-    broker: Any
 
-
-class KafkaRouter(StreamRouter):
+class KafkaRouter(StreamRouter[_KafkaBroker]):
     """An ``APIRouter`` with a Kafka broker.
 
     Args:
@@ -48,15 +46,9 @@ class KafkaRouter(StreamRouter):
     subscriber = _DeclaresTopics(KafkaSubscription)
     publisher = produces(KafkaPublication)
 
-    if TYPE_CHECKING:
-
-        @property
-        def broker(self) -> _KafkaBroker: ...
-
     def __init__(
         self,
         bootstrap_servers: str | Sequence[str] | None = None,
         **options: Unpack[KafkaRouterOptions],
     ) -> None:
-        given: dict[str, Any] = dict(options)
-        super().__init__(*(() if bootstrap_servers is None else (bootstrap_servers,)), **given)
+        super().__init__(bootstrap_servers, **options)

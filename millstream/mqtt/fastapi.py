@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Unpack
 
 from ..endpoints import declares, produces
 from ..fastapi.router import RouterOptions, StreamRouter
@@ -32,10 +32,8 @@ __all__ = [
 class MqttRouterOptions(RouterOptions, MqttConnect, total=False):
     """Options of :class:`MqttRouter`: of the broker, of ``APIRouter`` and of the integration."""
 
-    broker: _MqttBroker
 
-
-class MqttRouter(StreamRouter):
+class MqttRouter(StreamRouter[_MqttBroker]):
     """An ``APIRouter`` with an MQTT broker.
 
     Args:
@@ -50,14 +48,8 @@ class MqttRouter(StreamRouter):
     subscriber = declares(MqttSubscription)
     publisher = produces(MqttPublication)
 
-    if TYPE_CHECKING:
-
-        @property
-        def broker(self) -> _MqttBroker: ...
-
     def __init__(self, url: str | None = None, **options: Unpack[MqttRouterOptions]) -> None:
-        given: dict[str, Any] = dict(options)
-        super().__init__(*(() if url is None else (url,)), **given)
+        super().__init__(url, **options)
 
 
 MQTTRouter = MqttRouter

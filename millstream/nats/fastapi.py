@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Unpack
 
 from ..endpoints import declares, produces
 from ..fastapi.router import RouterOptions, StreamRouter
@@ -33,10 +33,8 @@ __all__ = [
 class NatsRouterOptions(RouterOptions, NatsConnect, total=False):
     """Options of :class:`NatsRouter`: of the broker, of ``APIRouter`` and of the integration."""
 
-    broker: _NatsBroker
 
-
-class NatsRouter(StreamRouter):
+class NatsRouter(StreamRouter[_NatsBroker]):
     """An ``APIRouter`` with a NATS broker.
 
     Args:
@@ -51,13 +49,7 @@ class NatsRouter(StreamRouter):
     subscriber = declares(NatsSubscription)
     publisher = produces(NatsPublication)
 
-    if TYPE_CHECKING:
-
-        @property
-        def broker(self) -> _NatsBroker: ...
-
     def __init__(
         self, servers: str | Sequence[str] | None = None, **options: Unpack[NatsRouterOptions]
     ) -> None:
-        given: dict[str, Any] = dict(options)
-        super().__init__(*(() if servers is None else (servers,)), **given)
+        super().__init__(servers, **options)

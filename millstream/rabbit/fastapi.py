@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Unpack
 
 from ..endpoints import declares, produces
 from ..fastapi.router import RouterOptions, StreamRouter
@@ -32,10 +32,8 @@ __all__ = [
 class RabbitRouterOptions(RouterOptions, RabbitConnect, total=False):
     """Options of :class:`RabbitRouter`: of the broker, of ``APIRouter`` and the integration."""
 
-    broker: _RabbitBroker
 
-
-class RabbitRouter(StreamRouter):
+class RabbitRouter(StreamRouter[_RabbitBroker]):
     """An ``APIRouter`` with a RabbitMQ broker.
 
     Args:
@@ -50,13 +48,7 @@ class RabbitRouter(StreamRouter):
     subscriber = declares(RabbitSubscription)
     publisher = produces(RabbitPublication)
 
-    if TYPE_CHECKING:
-
-        @property
-        def broker(self) -> _RabbitBroker: ...
-
     def __init__(
         self, url: str | Sequence[str] | None = None, **options: Unpack[RabbitRouterOptions]
     ) -> None:
-        given: dict[str, Any] = dict(options)
-        super().__init__(*(() if url is None else (url,)), **given)
+        super().__init__(url, **options)
