@@ -44,6 +44,8 @@ NAMES = {
     "fastapi": "Millstream in FastAPI",
     "faststream": "FastStream",
 }
+#: What is told of the conditions.
+PACKAGES = ["pika"]
 MANY, REQUESTS, PREFETCH = 30_000, 2_000, 256
 
 

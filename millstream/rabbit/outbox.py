@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
+from math import inf
+from struct import error as StructError
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from pika.exceptions import AMQPError
 from pika.spec import Basic, BasicProperties
 
@@ -29,14 +32,34 @@ if TYPE_CHECKING:
 MOST, MOST_BYTES = 16_384, 64 * 1024 * 1024
 #: The queue from which a connection reads the answers to its requests.
 REPLIES = "amq.rabbitmq.reply-to"
-
-
+#: Seconds within which messages are given up together.
+_CLOSE = 0.01
 #: Channels that may end with a message under way before it is taken for the reason.
 _STRIKES = 2
 
 
 class Unroutable(NoResponders, PublishError):
     """No queue gets a message that is ``mandatory``."""
+
+
+class _Sent(msgspec.Struct, gc=False):
+    """A message that waits for its confirmation.
+
+    Fields:
+        confirmed: ends with it, or with what went wrong.
+        end: the event loop's time until which somebody waits; that of an answer is not here.
+        id: of a message that may come back; None for others.
+        size: its bytes.
+        where: exchange and routing key.
+        timeout: seconds that are waited for in all.
+    """
+
+    confirmed: asyncio.Future[None]
+    end: float
+    id: str | None
+    size: int
+    where: tuple[str, str]
+    timeout: float
 
 
 class Outbox:
@@ -46,8 +69,10 @@ class Outbox:
         self.driver = driver
         self._wire: Wire | None = None
         self._tag = 0
-        #: Delivery tag → the future of its confirmation, the message's id, its bytes.
-        self._pending: dict[int, tuple[asyncio.Future[None], str | None, int]] = {}
+        #: By delivery tag.
+        self._pending: dict[int, _Sent] = {}
+        #: When it is looked for messages whose time is over; one timer serves all of them.
+        self._look_at = inf
         self._bytes = 0
         #: Bytes of the largest message, once the server refused one; 0 while nobody knows.
         self._largest = 0
@@ -97,7 +122,8 @@ class Outbox:
         """Tell who waits, and open another channel if the connection is still there."""
         self._wire = None
         pending, self._pending, self._bytes = self._pending, {}, 0
-        for future, _, _ in pending.values():
+        for sent in pending.values():
+            future = sent.confirmed
             if not future.done():
                 future.set_exception(reason)
                 future.exception()  # whoever gave up does not have to look
@@ -132,8 +158,9 @@ class Outbox:
         refused = isinstance(method, Basic.Nack)
         full = len(pending) >= MOST or self._bytes >= MOST_BYTES
         for one in tags:
-            future, _, size = pending.pop(one)
-            self._bytes -= size
+            sent = pending.pop(one)
+            self._bytes -= sent.size
+            future = sent.confirmed
             if not future.done():
                 if refused:
                     future.set_exception(
@@ -151,8 +178,9 @@ class Outbox:
         where = f"queue {method.routing_key!r}"
         if method.exchange:
             where = f"queue bound to {method.exchange!r} for {method.routing_key!r}"
-        for future, id, _size in self._pending.values():
-            if id == properties.message_id and not future.done():
+        for sent in self._pending.values():
+            future = sent.confirmed
+            if sent.id == properties.message_id and not future.done():
                 future.set_exception(Unroutable(f"nobody gets the message: there is no {where}"))
                 return
 
@@ -193,22 +221,15 @@ class Outbox:
                 wire = await self._ready(end, timeout)
             if self._largest and len(data) > self._largest:
                 raise self._too_large(len(data), exchange, key)
-            left = end - loop.time() if end else timeout
+            end = end or loop.time() + timeout  # the time begins with the first attempt
             try:
-                future = self._send(wire, exchange, key, data, properties, mandatory)
+                future = self._send(wire, exchange, key, data, properties, mandatory, end, timeout)
                 if not mandatory and key.startswith(REPLIES):
                     return None  # it goes straight to whoever asked, and is stored nowhere
-                timer = loop.call_later(
-                    max(left, 0.0), self._expire, future, exchange, key, timeout
-                )
-                try:
-                    return await future
-                finally:
-                    timer.cancel()
+                return await future
             except ChannelLost as lost:
                 strikes += lost.code != 0
                 await self._refused(lost, len(data), exchange, key, strikes)
-            end = end or loop.time() + left  # the time begins with the first attempt
 
     def _send(
         self,
@@ -218,29 +239,51 @@ class Outbox:
         data: bytes,
         properties: BasicProperties,
         mandatory: bool,
+        end: float,
+        timeout: float,
     ) -> asyncio.Future[None]:
         try:
-            wire.channel.basic_publish(exchange, key, data, properties, mandatory)
+            wire.publish(exchange, key, data, properties, mandatory)
         except AMQPError as error:
             raise ChannelLost(error) from error
-        except (TypeError, ValueError, UnicodeError, AssertionError) as error:
+        except (TypeError, ValueError, UnicodeError, AssertionError, StructError) as error:
             raise PublishError(f"{key!r}: the message cannot be written: {error}") from error
         self._tag += 1
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
         size = len(data)
-        self._pending[self._tag] = (future, properties.message_id if mandatory else None, size)
+        id = properties.message_id if mandatory else None
+        self._pending[self._tag] = _Sent(future, end, id, size, (exchange, key), timeout)
         self._bytes += size
+        if end < self._look_at:
+            self._look_at = end
+            loop.call_at(end, self._look)
         return future
 
-    def _expire(
-        self, future: asyncio.Future[None], exchange: str, key: str, timeout: float
-    ) -> None:
-        if not future.done():
+    def _look(self) -> None:
+        """Give up what was not confirmed in its time."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if now < self._look_at - _CLOSE:
+            return  # a later timer than the one that counts
+        left = inf
+        for sent in self._pending.values():
+            if sent.confirmed.done():
+                continue
+            if sent.end > now + _CLOSE:
+                left = min(left, sent.end)
+                continue
+            exchange, key = sent.where
             where = f"{exchange!r} for {key!r}" if exchange else repr(key)
             why = f": the server takes no messages ({self._blocked})" if self._blocked else ""
-            future.set_exception(
-                PublishTimeout(f"no confirmation of a message to {where} in {timeout:g} s{why}")
+            sent.confirmed.set_exception(
+                PublishTimeout(
+                    f"no confirmation of a message to {where} in {sent.timeout:g} s{why}"
+                )
             )
+        self._look_at = left
+        if left < inf:
+            loop.call_at(left, self._look)
 
     async def _ready(self, end: float, timeout: float) -> Wire:
         """Wait until there is a channel, the server takes messages, and there is room."""
@@ -338,7 +381,7 @@ class Outbox:
             left = max(end - loop.time(), 0.0)
             timer = loop.call_later(left, _expire_request, question.answer, exchange, key, timeout)
             try:
-                sent = self._send(wire, exchange, key, data, properties, True)
+                sent = self._send(wire, exchange, key, data, properties, True, inf, timeout)
                 sent.add_done_callback(question.confirmed)
                 return await question.answer
             except ChannelLost as lost:

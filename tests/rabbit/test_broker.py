@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import time
 from typing import Annotated, Any
 
@@ -105,6 +106,30 @@ async def test_we_read_what_a_foreign_program_publishes(url: str) -> None:
         assert (message.priority, message.delivery_count) == (2, 1)
         assert (message.destination, message.exchange, message.queue) == (queue, "", queue)
         assert message.timestamp is not None and message.timestamp.year == 2023
+    finally:
+        await broker.stop()
+
+
+async def test_bodies_of_every_size_arrive_whole(url: str) -> None:
+    queue, got = unique(), []
+    broker = RabbitBroker(url)
+
+    @broker.subscriber(queue)
+    async def handler(body: bytes) -> None:
+        got.append(body)
+
+    # Around nothing, what is read at once, and what the server takes in one frame (128 KiB).
+    sizes = [0, 1, 4095, 4096, *range(65_300, 65_600, 37), *range(131_050, 131_090), 999_999]
+    bodies = [random.randbytes(size) for size in sizes]
+    await broker.start()
+    try:
+        await asyncio.gather(*(broker.publish(body, queue) for body in bodies))
+        await eventually(lambda: len(got) == len(bodies), 20)
+        assert got == bodies
+        foreign = Foreign(url)
+        await broker.declare_queue(f"{queue}.foreign")
+        await broker.publish(bodies[-1], f"{queue}.foreign")
+        assert (await foreign.get(f"{queue}.foreign") or [b""])[-1] == bodies[-1]
     finally:
         await broker.stop()
 
