@@ -87,9 +87,12 @@ class ConfluentClient:
     @staticmethod
     def records(messages: list[Any], parts: Mapping[Any, Partition]) -> list[Record]:
         found: list[Record] = []
+        part: Partition | None = None
+        topic, number = "", -1
         for message in messages:
-            topic, number = message.topic(), message.partition()
-            part = parts.get((topic, number))
+            if message.partition() != number or message.topic() != topic:  # they come in runs
+                topic, number = message.topic(), message.partition()
+                part = parts.get((topic, number))
             if part is None:
                 continue
             offset, pairs = message.offset(), message.headers()
@@ -252,7 +255,10 @@ class ConfluentClient:
         """The thread that hands over delivery reports, all that are there at once."""
         producer = self._producer
         while self._open:
-            producer.poll(0.2)
+            try:
+                producer.poll(0.2)
+            except KafkaException as error:  # fatal: what is published from now on says so
+                log.debug("the producer: %s", error)
             if self._reports:
                 self._tell(self._hand_over)
 
