@@ -66,7 +66,7 @@ class Delivery:
             circuit = Circuit(self.spec.breaker, subscription)
             call, respond = circuit.guard(_both(call, respond)), None
         if failing.retry_here:
-            call, respond = failing.retrying(_both(call, respond)), None
+            call, respond = failing.retrying(call, respond), None
         call = killpoints.around("handler", call)
         parser = entries[0].parser or self.spec.parser or self.scope.parser
         after = next((p.after for p in self.plans if p.after is not None), None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -129,15 +130,21 @@ class Failures:
                 fix="use where='lane' or 'auto'",
             )
 
-    def retrying(self, call: Call) -> Call:
-        """Retries in place: the lane waits, so the order is kept."""
+    def retrying(
+        self, call: Call, respond: Callable[[Message[Any], Any], Awaitable[None]] | None = None
+    ) -> Call:
+        """Retries in place, of the handler and what publishes its result: the lane waits, so the
+        order is kept."""
         retry, clock = self.retry, self.broker.clock
 
         async def call_again(message: Message[Any]) -> Any:
             attempt = 0
             while True:
                 try:
-                    return await call(message)
+                    result = await call(message)
+                    if result is not None and respond is not None:
+                        await respond(message, result)
+                    return None
                 except (HandlerException, StopConsume, DecodeError, HandlerNotFound):
                     raise
                 except Exception as error:

@@ -307,11 +307,19 @@ class BatchMessage(Message[list[Any]]):
             return self.settled is how
         self.settled = how
         failed: Exception | None = None
+        intake = self.link.intake
         try:
             for message in self.messages:
+                if message.settled is not None:
+                    continue
+                message.settled = how  # as its own `settle` does; batches are to be cheap
                 try:
-                    await message.settle(how, delay, **options)
-                except Exception as error:
+                    if intake is not None:
+                        await intake.settle(message.raw, how, delay, **options)
+                except BaseException as error:
+                    message.settled = None
+                    if not isinstance(error, Exception):
+                        raise
                     failed = error
             if failed is not None:
                 raise failed

@@ -56,6 +56,8 @@ class Flow:
         #: What was read and not given to the sink.
         self.buffer: deque[Record] = deque()
         self.halted = False
+        #: Messages of a partition that are not done before no more of it is read.
+        self.window = spec.window
         self.reader: Reader = driver.client.reader(plan, self)
         self._full = False
         self._given: Record | None = None
@@ -64,6 +66,8 @@ class Flow:
         #: Records that come again later, each with its timer.
         self._later: dict[int, tuple[Record, asyncio.TimerHandle]] = {}
         self._freed = asyncio.Event()
+        #: How many wait for that event.
+        self._awaited = 0
         self._dirty = False
         self._careful_until = 0.0
         #: Set when partitions came for the first time.
@@ -103,7 +107,7 @@ class Flow:
         for part in self.parts.values():
             if not self.settles:
                 part.open.clear()
-            elif len(part.open) >= self.spec.window and not part.paused:
+            elif len(part.open) >= self.window and not part.paused:
                 part.paused = True
                 self.reader.halt(part.place, True)
         if len(self.buffer) > FULL and not self._full:
@@ -166,9 +170,13 @@ class Flow:
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.spec.revoke_timeout_ms / 1000):
-                while any(part.running for part in parts) and not self.halted:
-                    self._freed.clear()
-                    await self._freed.wait()
+                self._awaited += 1
+                try:
+                    while any(part.running for part in parts) and not self.halted:
+                        self._freed.clear()
+                        await self._freed.wait()
+                finally:
+                    self._awaited -= 1
         return True
 
     async def _call(self, names: tuple[str, ...], places: Sequence[Any]) -> None:
@@ -288,16 +296,14 @@ class Flow:
         part.running -= 1
         part.finish(raw)
         self._dirty = True
-        if part.paused and len(part.open) < self.spec.window // 2:
+        if part.paused and len(part.open) < self.window // 2:
             part.paused = False
             if not part.fenced:
                 self.reader.halt(part.place, False)
-        if not self._freed.is_set():
+        if self._awaited:
             self._freed.set()
-        if (
-            part.begun and raw.offset in part.begun
-        ):  # if we die now, nobody is to think that it killed us
-            await self.commit()
+        if part.begun and raw.offset in part.begun:
+            await self.commit()  # if we die now, nobody is to think that it killed us
 
     def _back(self, raw: Record, part: Partition, delay: float, unbegun: bool) -> None:
         """A message that failed: again after a while, here or wherever its partition is then."""

@@ -87,6 +87,7 @@ class Partition:
         "fenced",
         "given",
         "next",
+        "odd",
         "open",
         "paused",
         "place",
@@ -108,6 +109,8 @@ class Partition:
         self.committed: Commit | None = None
         #: The offset behind the last message that was read, or given to a handler.
         self.next = self.given = start
+        #: The offset behind the last message that was read with something to be noted of it.
+        self.odd = start
         #: Messages that a handler has, or that wait for one.
         self.running = 0
         #: It belongs to another process, or will in a moment.
@@ -134,6 +137,7 @@ class Partition:
         if self.done and offset >= self.done[0][0]:
             if self.open:
                 record.done = True
+                self.odd = offset + 1
                 self.open.append(record)
             else:
                 self.committable = offset + 1
@@ -144,6 +148,7 @@ class Partition:
             record.count += self.tries.pop(offset) - 1
         if record.count > 1:
             record.unusual = True
+            self.odd = offset + 1
         self.plain = offset >= self.suspects and not (self.done or self.tries)
         self.open.append(record)
         return True
@@ -171,7 +176,10 @@ class Partition:
             note.c = self.crashes
             note.h = max(self.given + SUSPECTS - base, 0) or 1
         first = -1
+        noted = max(self.given, self.odd)
         for record in self.open:
+            if record.offset >= noted:
+                break
             if record.offset < base or (record.done and not self.notes_done):
                 continue
             if record.done:
@@ -188,7 +196,8 @@ class Partition:
                 attempt -= self._vanished(record)
             note.t[record.offset - base] = attempt
         if first >= 0:
-            note.d.append((first - base, self.open[-1].offset + 1 - base))
+            last = max(r.offset for r in self.open if r.offset < noted)
+            note.d.append((first - base, last + 1 - base))
         for offset, attempt in self.tries.items():
             if offset >= self.next:
                 note.t[offset - base] = attempt

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("millstream.kafka")
 
+#: Messages that are done after a transaction before the next one has to end.
+BACKLOG = 8000
 #: Seconds between two tries of a transaction that was aborted, at first and at most.
 AGAIN, AGAIN_MOST = 0.1, 2.0
 
@@ -251,6 +253,11 @@ class TransactionalFlow(Flow):
         self._committing = asyncio.Lock()
         self._cut = asyncio.Event()
         self._finished = 0
+        #: Messages done since the last transaction; beyond a limit no more are begun before one.
+        self._backlog = 0
+        self._taken = asyncio.Event()
+        self._give, self.sink = sink, self._paced
+        self.window += BACKLOG
         self._noted = 0.0
         #: Another process has our name: nothing is committed any more.
         self._dead = False
@@ -260,6 +267,12 @@ class TransactionalFlow(Flow):
         # First of all: what the last owner of this name left open is ended by this.
         await self.transactor.open()
         await super().start()
+
+    async def _paced(self, record: Record) -> None:
+        while self._backlog >= BACKLOG and not self.halted:
+            self._taken.clear()
+            await self._taken.wait()
+        await self._give(record)
 
     async def settle(
         self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
@@ -287,6 +300,7 @@ class TransactionalFlow(Flow):
         if record.unit is not None:
             record.unit.kept = len(record.unit.sends)
         self._finished += 1
+        self._backlog += 1
         if self._finished >= self.spec.transaction_size:
             self._cut.set()
 
@@ -326,6 +340,13 @@ class TransactionalFlow(Flow):
 
     async def transact(self) -> bool:
         """Send what is ready in a transaction; False if that has to be tried again."""
+        try:
+            return await self._transact()
+        finally:  # what could not go waits for something that has to be begun first
+            self._backlog = 0
+            self._taken.set()
+
+    async def _transact(self) -> bool:
         async with self._committing:
             if self._dead:
                 return True
@@ -361,7 +382,7 @@ class TransactionalFlow(Flow):
     def _advance(self, taking: Taking) -> None:
         for part, count in taking.counts.items():
             part.advance(count)
-            if part.paused and len(part.open) < self.spec.window // 2:
+            if part.paused and len(part.open) < self.window // 2:
                 part.paused = False
                 if not part.fenced:
                     self.reader.halt(part.place, False)
@@ -440,7 +461,12 @@ class TransactionalFlow(Flow):
                 record.unit = None
                 if record.done and not record.part.fenced:
                     self._give_again(record)
+        self._taken.set()
         return commits
+
+    async def pause(self) -> int:
+        self._taken.set()
+        return await super().pause()
 
     async def _finish(self, parts: list[Partition]) -> bool:
         """Let what runs end, and bring what is done over the line."""
