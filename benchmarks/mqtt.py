@@ -188,6 +188,7 @@ async def raw(url: str, scenario: str, address: str) -> Contender:
     qos = int(scenario in SESSIONS)
     arrived: asyncio.Queue[Incoming] = asyncio.Queue()
     replies: asyncio.Queue[Incoming] = asyncio.Queue()
+    replies_to = f"{address}.replies"
     encode = msgspec.json.Encoder().encode
     settings = settings_of(url, {})
 
@@ -217,9 +218,9 @@ async def raw(url: str, scenario: str, address: str) -> Contender:
                 reader.connection.write(b"\x40\2" + message.mid.to_bytes(2))
 
     async def requests(n: int) -> None:
-        await outbox.ask(lambda mid: write_subscribe(5, mid, [("bench.replies", 0)]))
+        await outbox.ask(lambda mid: write_subscribe(5, mid, [(replies_to, 0)]))
         for _ in range(n):
-            await publish(address, encode({"id": 7, "reply": "bench.replies"}))
+            await publish(address, encode({"id": 7, "reply": replies_to}))
             msgspec.json.decode((await replies.get()).payload)
 
     task = asyncio.create_task(loop())
@@ -237,7 +238,7 @@ async def mqttium(url: str, scenario: str, address: str) -> Contender:
     from mqttium import MQTTProtocolVersion  # pyright: ignore[reportMissingImports]
     from mqttium.api import AsyncClient  # pyright: ignore[reportMissingImports]
 
-    qos = int(scenario in SESSIONS)
+    qos, replies_to = int(scenario in SESSIONS), f"{address}.replies"
     encode = msgspec.json.Encoder().encode
 
     def client(name: str, **options: Any) -> Any:
@@ -259,10 +260,10 @@ async def mqttium(url: str, scenario: str, address: str) -> Contender:
                 await reader.ack(message)
 
     async def requests(n: int) -> None:
-        await sender.subscribe("bench.replies", qos=0)
+        await sender.subscribe(replies_to, qos=0)
         replies = sender.messages()
         for _ in range(n):
-            await sender.publish(address, encode({"id": 7, "reply": "bench.replies"}))
+            await sender.publish(address, encode({"id": 7, "reply": replies_to}))
             msgspec.json.decode((await anext(replies)).payload)
 
     task = asyncio.create_task(loop())

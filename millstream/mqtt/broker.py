@@ -142,7 +142,7 @@ def settings_of(url: str, options: dict[str, Any]) -> Settings:
     username = unquote(parts.username) if parts.username is not None else None
     password = unquote(parts.password) if parts.password is not None else None
     context: ssl.SSLContext | None = None
-    if isinstance(security, SASLPlaintext):
+    if type(security) is SASLPlaintext:  # the others of its kind are no plain passwords
         username, password = security.username, security.password
     elif security is not None and type(security) is not BaseSecurity:
         raise SetupError(

@@ -12,6 +12,7 @@ from millstream.errors import CapabilityError, ConnectError, NotConnected, Setup
 from millstream.letters import replay
 from millstream.mqtt import MqttBroker, MqttMessage, MqttResponse, Receipt, TestMqttBroker, Will
 from millstream.mqtt.connection import Connection
+from millstream.mqtt.letters import look
 from millstream.retry import Retry
 from millstream.security import SASLPlaintext
 from tests.helpers import eventually
@@ -246,7 +247,7 @@ async def test_version_311_says_what_it_cannot(mqtt: Any, name: str) -> None:
     await eventually(lambda: got == [1])
     for options in ({"headers": {"a": "b"}}, {"reply_to": "x"}, {"expiry": 5}):
         with pytest.raises(CapabilityError, match=r"3\.1\.1"):
-            await broker.publish(1, name, **options)  # type: ignore[arg-type]
+            await broker.publish(1, name, **options)
     with pytest.raises(CapabilityError, match=r"3\.1\.1"):
         await broker.request(1, name)
     await broker.stop()
@@ -335,3 +336,92 @@ async def test_in_memory() -> None:
         assert await broker.publish("on", "rooms/hall/lamp") == Receipt(heard=True)
         assert await broker.publish("on", "elsewhere") == Receipt(heard=False)
         assert got == [("hall on", False)]
+
+
+async def test_a_session_outlives_the_server_and_what_has_expired_does_not(
+    mqtt_server: MosquittoServer, name: str
+) -> None:
+    got: list[str] = []
+
+    def application() -> MqttBroker:
+        broker = MqttBroker(mqtt_server.url, client_id="app", reconnect_max=0.2)
+
+        @broker.subscriber(name)
+        async def handler(body: str) -> None:
+            got.append(body)
+
+        return broker
+
+    first = application()
+    await first.start()
+    await first.stop()
+    async with MqttBroker(mqtt_server.url) as sender:
+        assert (await sender.publish("stays", name)).heard
+        await sender.publish("passes", name, expiry=1)
+    await asyncio.to_thread(mqtt_server.stop)
+    await asyncio.sleep(1.2)
+    await asyncio.to_thread(mqtt_server.start)
+    second = application()
+    await second.start()
+    await second.publish("new", name)
+    await eventually(lambda: got[-1:] == ["new"])
+    assert got == ["stays", "new"]
+    await second.stop()
+
+
+async def test_what_an_earlier_process_left_is_counted_and_forgotten_when_done(
+    mqtt: Any, name: str
+) -> None:
+    counts: list[int] = []
+    gate = asyncio.Event()
+
+    def application() -> MqttBroker:
+        broker = MqttBroker(mqtt.url, client_id=f"app-{name}", graceful_timeout=0.05)
+
+        @broker.subscriber(name)
+        async def handler(body: int, message: MqttMessage) -> None:
+            counts.append(message.attempt)
+            await gate.wait()
+
+        return broker
+
+    async def noted(broker: MqttBroker) -> list[bytes]:
+        return [m.payload for m in await look(broker.driver, f"{name}/dlq-attempts", "+")]
+
+    for count in (1, 2, 3):
+        broker = application()
+        await broker.start()
+        if count == 1:
+            await broker.publish(7, name)
+        await eventually(lambda count=count: counts == list(range(1, count + 1)))  # type: ignore[misc]
+        # A message that nobody left behind costs no note.
+        assert len(await noted(broker)) == (count > 1)
+        await broker.stop()
+    gate.set()
+    broker = application()
+    await broker.start()
+    await eventually(lambda: counts == [1, 2, 3, 4])
+
+    async def forgotten() -> bool:
+        return not await noted(broker)
+
+    await eventually(forgotten)
+    await broker.stop()
+
+
+async def test_foreign_subscribers_get_headers_and_properties(mqtt: Any, name: str) -> None:
+    port = mqtt.url.rpartition(":")[2]
+    format = "%t %p %q %r %C %D %P"
+    listening = ["mosquitto_sub", "-p", port, "-V", "5", "-q", "1", "-t", name, "-C", "1"]
+    async with MqttBroker(mqtt.url) as broker:
+        await broker.publish(
+            "hello",
+            name,
+            retain=True,
+            headers={"tenant": "acme", "correlation_id": "c1", "content-type": "text/plain"},
+        )
+        ran = await asyncio.to_thread(
+            subprocess.run, [*listening, "-F", format, "-W", "5"], capture_output=True, timeout=10
+        )
+        assert ran.stdout.decode() == f"{name} hello 1 1 text/plain c1 tenant:acme\n"
+        await broker.publish(b"", name, retain=True)

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from millstream.errors import AddressError
 from millstream.message import Link
 from millstream.mqtt import MqttBroker, MqttMessage, wire
+from millstream.mqtt.broker import settings_of
 from millstream.mqtt.connection import Connection, Line
+from millstream.mqtt.outbox import Outbox
 from millstream.mqtt.wire import V5, V311, Incoming, Malformed
 
 VERSIONS = [V311, V5]
@@ -490,3 +492,37 @@ def test_headers_that_are_none_cost_the_message_nothing_else() -> None:
     assert message.headers == {} and message.body == b"x"
     with pytest.raises(Malformed):
         _ = message.properties
+
+
+# What is published
+
+
+@pytest.mark.parametrize("present", [True, False])
+async def test_qos_2_goes_on_where_it_was_or_begins_anew(present: bool) -> None:
+    outbox = Outbox(settings_of("mqtt://nowhere", {}), "c", lambda *_: None, print)
+
+    async def connect(present: bool) -> tuple[Connection, Transport]:
+        connection, transport = Connection(outbox, V5, 60), Transport()
+        connection.connection_made(cast(asyncio.BaseTransport, transport))
+        connection.data_received(connack(V5, present))
+        outbox.up.set()
+        await asyncio.sleep(0)
+        return connection, transport
+
+    connection, transport = await connect(False)
+    publishing = asyncio.create_task(outbox.publish("a", b"x", 2, False, b"\0", 5.0))
+    await asyncio.sleep(0.01)
+    packet = transport.written
+    assert packet == wire.write_publish(b"\0\1a", b"x", 4, 1, b"\0")
+    connection.data_received(wire.write_packet(wire.PUBREC, b"\0\1\x10"))
+    await asyncio.sleep(0)
+    pubrel = wire.write_packet(wire.PUBREL | 2, b"\0\1")
+    assert transport.written == packet + pubrel
+    # Without its session the server may have forgotten what it had not passed on.
+    connection, transport = await connect(present)
+    assert transport.written == (pubrel if present else packet)
+    if not present:
+        connection.data_received(wire.write_packet(wire.PUBREC, b"\0\1"))
+    connection.data_received(wire.write_packet(wire.PUBCOMP, b"\0\1"))
+    receipt = await publishing
+    assert receipt is not None and receipt.heard is not present  # the last PUBREC said it
