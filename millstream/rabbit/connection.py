@@ -72,6 +72,7 @@ class Connection(AsyncioConnection):  # type: ignore[misc]
 
     _transport: Any
     _process_frame: Callable[[Any], None]
+    _deliver_frame_to_channel: Callable[[Any], None]
     _plain = False
     _frame_buffer: bytes
 
@@ -106,7 +107,11 @@ class Connection(AsyncioConnection):  # type: ignore[misc]
             self.bytes_received += after - at
             _, found = decode_frame(data[at:after])
             at = after
-            self._process_frame(found)
+            if type(getattr(found, "method", None)) is Basic.Deliver:  # nobody else waits for it
+                self.frames_received += 1
+                self._deliver_frame_to_channel(found)
+            else:
+                self._process_frame(found)
         self._frame_buffer = data[at:]
 
     def _output_marshaled_frames(self, marshaled_frames: Sequence[bytes]) -> None:

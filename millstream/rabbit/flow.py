@@ -95,6 +95,8 @@ class Flow:
         topology = self.driver.topology
         if again and self.spec.source.declare and not await topology.exists("queue", self.queue):
             log.warning("queue %r was gone and is made again", self.queue)
+            if self.streaming:
+                self._offset = -1  # its numbers begin anew
         await topology.source(self.spec)
         wire = await self.driver.consuming.wire(self._channel_lost)
         wire.channel.add_on_cancel_callback(self._cancelled)
@@ -222,8 +224,10 @@ class Flow:
         )
         self._looked, self._since = self._given, now
         self._look_at = self._given + max(self.window, CAREFUL)
-        wanted = min(max(int(rate * AHEAD), self._normal), max(MOST, self._normal))
+        most = max(MOST, self._normal)
+        wanted = min(max(int(rate * AHEAD), self._normal), most)
         near = self.window / 4 < wanted < self.window * 2 and self.window >= self._normal
+        near = near and not wanted == most > self.window
         if not full or near:
             return
         wire, self._held = self._wire, True  # acknowledgements wait meanwhile
