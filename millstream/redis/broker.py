@@ -14,7 +14,6 @@ from .connection import (
     ClusterNetwork,
     Network,
     cluster,
-    known_client_options,
     security_options,
     sentinel,
     server,
@@ -259,5 +258,4 @@ __all__ = [
     "RedisRoute",
     "RedisRouter",
     "RedisSentinelBroker",
-    "known_client_options",
 ]

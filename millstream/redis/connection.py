@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import re
 import ssl
 from collections.abc import Callable, Sequence
@@ -235,17 +234,6 @@ def _checked(url: str, make: Callable[[], Any]) -> Any:
             f"{without_secrets(url)!r}: {error}",
             fix="write redis://localhost:6379/0 (or rediss://, unix:///path)",
         ) from error
-
-
-def known_client_options(options: dict[str, Any]) -> None:
-    """Raise a SetupError for an option that redis-py does not have."""
-    known = inspect.signature(Redis.__init__).parameters
-    unknown = sorted(options.keys() - known.keys() - {"connection_class", "parser_class"})
-    if unknown:
-        raise SetupError(
-            f"a Redis broker has no option {', '.join(map(repr, unknown))}",
-            fix="see millstream.redis.broker.RedisConnect for those there are",
-        )
 
 
 def explain(where: str, error: BaseException) -> ConnectError:

@@ -114,9 +114,12 @@ class Flow:
         if self.given % TURN == 0:
             await asyncio.sleep(0)
 
-    async def within(self, connection: AbstractConnection, seconds: float) -> Any:
-        """The next reply; a TimeoutError if the peer seems to be gone."""
-        async with asyncio.timeout(seconds):
+    async def ask(
+        self, connection: AbstractConnection, *command: Any, within: float | None = None
+    ) -> Any:
+        """The reply to a command; a TimeoutError if the peer seems to be gone."""
+        await connection.send_command(*command, check_health=False)
+        async with asyncio.timeout(self.driver.patience if within is None else within):
             return await read(connection)
 
     def look(self) -> None:
@@ -172,8 +175,7 @@ class ChannelFlow(Flow):
         self._reading = False
 
     async def _attach(self, connection: AbstractConnection) -> None:
-        await connection.send_command(f"{self._prefix}SUBSCRIBE", self.channel, check_health=False)
-        await self.within(connection, self.driver.patience)
+        await self.ask(connection, f"{self._prefix}SUBSCRIBE", self.channel)
 
     async def _read(self, connection: AbstractConnection) -> None:
         kind, at = (b"pmessage", 2) if self.pattern else (b"message", 1)
@@ -245,8 +247,7 @@ class StreamFlow(Flow):
         if self.group is not None:
             await self.driver.groups.ensure(self.sub)
         elif self.last == "$":  # as of now, also when the connection breaks before the first entry
-            await connection.send_command("XREVRANGE", self.name, "+", "-", "COUNT", 1)
-            newest = await self.within(connection, self.driver.patience)
+            newest = await self.ask(connection, "XREVRANGE", self.name, "+", "-", "COUNT", 1)
             self.last = newest[0][0].decode() if newest else "0-0"
 
     async def _read(self, connection: AbstractConnection) -> None:
@@ -256,9 +257,8 @@ class StreamFlow(Flow):
             if self.group is not None:
                 group = ("GROUP", self.group, self.me)
                 command = ("XREADGROUP", *group, *how, "NOACK", "STREAMS", self.name, ">")
-            await connection.send_command(*command, check_health=False)
             try:
-                found = await self.within(connection, self.driver.longest)
+                found = await self.ask(connection, *command, within=self.driver.longest)
             except ResponseError as error:
                 if not gone(error):
                     raise
@@ -277,8 +277,7 @@ class StreamFlow(Flow):
 
     async def _check(self, connection: AbstractConnection) -> None:
         """A stream that was deleted and made anew counts from wherever it likes."""
-        await connection.send_command("XREVRANGE", self.name, "+", "-", "COUNT", 1)
-        newest = await self.within(connection, self.driver.patience)
+        newest = await self.ask(connection, "XREVRANGE", self.name, "+", "-", "COUNT", 1)
         if newest and ids(newest[0][0]) < ids(self.last):
             self.last = "0-0"
 

@@ -12,7 +12,7 @@ from collections import deque
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
 from ..ack import Settlement
 from ..driver import CANCELLED
@@ -61,6 +61,8 @@ class Kept(Flow):
 
     #: The command that acknowledges the ids behind it.
     ack: tuple[str, ...]
+    #: How many are read at once, at most, where nobody says it.
+    largest = MOST
 
     def __init__(self, *args: Any, member: str, ack_wait: float, parts: tuple[str, ...]) -> None:
         super().__init__(*args)
@@ -86,7 +88,7 @@ class Kept(Flow):
         stream = spec.stream_sub
         fixed = spec.batch is not None or (stream is not None and stream.max_records is not None)
         self.least = spec.prefetch
-        self.most = self.least if fixed else max(self.least, MOST)
+        self.most = self.least if fixed else max(self.least, self.largest)
         #: How many are held ready. The first is what is begun at once: if that ends this process,
         #: nothing counts as delivered that was only fetched ahead.
         self.target, self.at_once = min(self.least, self.most, at_once), at_once
@@ -115,8 +117,7 @@ class Kept(Flow):
         """Make what is read from be there."""
 
     async def _attach(self, connection: AbstractConnection) -> None:
-        await connection.send_command("CLIENT", "ID", check_health=False)
-        self._client = await self.within(connection, self.driver.patience)
+        self._client = await self.ask(connection, "CLIENT", "ID")
         self._missed = 2  # what was on its way when the connection before this one broke
 
     async def _read(self, connection: AbstractConnection) -> None:
@@ -166,10 +167,11 @@ class Kept(Flow):
             if loop.time() - self.beaten > self.ack_wait:
                 await self._stale()
                 continue
-            entry = waiting.popleft()
-            if len(waiting) <= self.target // 2:
+            if not self._room.is_set() and len(waiting) <= self.target // 2:
                 self._room.set()
-            await self.give(entry)
+                await asyncio.sleep(0)  # more is on its way while we work
+                continue
+            await self.give(waiting.popleft())
 
     async def _stale(self) -> None:
         """Nothing was heard of us for too long: what waits may be somebody else's by now."""
@@ -431,13 +433,9 @@ class GroupFlow(Kept):
         )
 
     async def take(self, connection: AbstractConnection, count: int) -> list[Entry]:
-        await connection.send_command(
-            *("XREADGROUP", "GROUP", self.group, self.me, "COUNT", count),
-            *("BLOCK", self.driver.block),
-            *("STREAMS", self.name, ">"),
-            check_health=False,
-        )
-        found = await self.within(connection, self.driver.longest)
+        command = ("XREADGROUP", "GROUP", self.group, self.me, "COUNT", count)
+        how = ("BLOCK", self.driver.block, "STREAMS", self.name, ">")
+        found = await self.ask(connection, *command, *how, within=self.driver.longest)
         if not found:
             return []
         name, plain, entries = self.name, self.plain, found[0][1]
@@ -511,6 +509,9 @@ class GroupFlow(Kept):
 class ListFlow(Kept):
     """A list: what is taken lies in a hash of this process until it is settled."""
 
+    #: A script costs more than a command does, and a list hands out faster.
+    largest = 256
+
     def __init__(self, *args: Any) -> None:
         spec, driver = args[1], args[0]
         sub = spec.list_sub
@@ -530,18 +531,18 @@ class ListFlow(Kept):
 
     async def take(self, connection: AbstractConnection, count: int) -> list[Entry]:
         if self.dry:
-            await connection.send_command(
-                *("BLMOVE", self.name, self.next, "LEFT", "RIGHT", self.driver.block / 1000),
-                check_health=False,
-            )
+            command = ("BLMOVE", self.name, self.next, "LEFT", "RIGHT", self.driver.block / 1000)
             try:
-                if await self.within(connection, self.driver.longest) is None:
+                if await self.ask(connection, *command, within=self.driver.longest) is None:
                     return []
             except OutOfMemoryError:  # what is there can be taken all the same
                 await asyncio.sleep(PAUSE)
         first = self._numbers(count)
-        keys = (self.name, self.next, self.taken)
-        found = await self.driver.script(LIST_TAKE, keys, self.me, first, count)
+        call = (3, self.name, self.next, self.taken, self.me, first, count)
+        try:
+            found = await self.ask(connection, "EVALSHA", LIST_TAKE.digest, *call)
+        except NoScriptError:
+            found = await self.ask(connection, "EVAL", LIST_TAKE.source, *call)
         self.dry = len(found) < count
         return self._entries(first, found)
 
@@ -551,11 +552,11 @@ class ListFlow(Kept):
         return self.number - count
 
     def _entries(self, first: int, elements: list[bytes]) -> list[Entry]:
-        name, plain, me = self.name, self.plain, self.me.encode()
+        name, plain, id = self.name, self.plain, f"{self.me}-%d".encode()
         return [
-            Entry(name, element, b"%b-%d" % (me, number))
+            Entry(name, element, id % number)
             if plain and element[:1] != b"\x89"
-            else open_value(name, element, self.format, b"%b-%d" % (me, number))
+            else open_value(name, element, self.format, id % number)
             for number, element in enumerate(elements, first)
         ]
 

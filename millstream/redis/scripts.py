@@ -172,22 +172,23 @@ local function wrap(element, count, id)
 end
 """
 
-#: Gives elements of ``from`` their ids, and holds them in the hash of what was taken.
+#: Takes elements from ``from``, gives them their ids, and holds them in the hash ``taken``.
 _MOVE = """
-local out, number = {}, tonumber(ARGV[2])
+local number = tonumber(ARGV[2])
 local function move(from, taken, room)
-  if room < 1 then return end
+  if room < 1 then return {} end
   local found, fields = redis.call('LRANGE', from, 0, math.min(room, 1000) - 1), {}
-  for i, element in ipairs(found) do
-    local id = ARGV[1] .. '-' .. number
+  for i = 1, #found do
+    local element, id = found[i], ARGV[1] .. '-' .. number
     fields[2 * i - 1] = id
     fields[2 * i] = string.byte(element) == 0 and wrap(element, 1, id) or element
-    out[#out + 1] = element
     number = number + 1
   end
-  if #found == 0 then return end
-  redis.call('HSET', taken, unpack(fields))
-  redis.call('LTRIM', from, #found, -1)
+  if #found > 0 then
+    redis.call('HSET', taken, unpack(fields))
+    redis.call('LTRIM', from, #found, -1)
+  end
+  return found
 end
 """
 
@@ -197,9 +198,12 @@ LIST_TAKE = Script(
     + _MOVE
     + """
 redis.call('HDEL', KEYS[3], '')
-move(KEYS[2], KEYS[3], tonumber(ARGV[3]))
-move(KEYS[1], KEYS[3], tonumber(ARGV[3]) - #out)
-return out
+local room = tonumber(ARGV[3])
+local first = move(KEYS[2], KEYS[3], room)
+local found = move(KEYS[1], KEYS[3], room - #first)
+if #first == 0 then return found end
+for i = 1, #found do first[#first + 1] = found[i] end
+return first
 """
 )
 
@@ -216,7 +220,7 @@ local taken, alive, later, me = KEYS[2], KEYS[3], KEYS[4], ARGV[1]
 local ttl, room, dead_room = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 redis.call('ZREM', alive, '')
 redis.call('ZADD', alive, now, me)
-move(KEYS[1], taken, room)
+local out = move(KEYS[1], taken, room)
 local again, more = {}, 0
 local function take(value, id)
   local element, count, known = open(value)

@@ -121,6 +121,7 @@ class RedisList(RedisStream):
     async def held(self, broker: Any, setup: Setup) -> int:
         name = plain_name(self.address(setup))
         count = int(await broker.client.llen(name))
+        count += int(await broker.client.llen(f"{{{name}}}:ms:next"))
         async for key in broker.client.scan_iter(f"{{{name}}}:ms:taken:*"):
             count += int(await broker.client.hlen(key))
         return count + int(await broker.client.zcard(f"{{{name}}}:ms:later"))
