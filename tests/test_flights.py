@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ import pytest
 from examples.flights.brokers import KINDS
 from examples.flights.data import TOTAL, flights
 from examples.flights.model import Flight
+from millstream.embedded import answers
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,6 +84,26 @@ def test_the_same_flights_on_every_broker(
         assert "published 600 = processed 598 + dead-lettered 2   adds up" in done.stdout
         assert "out of order or delivered twice 0" in done.stdout
         assert not done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_ended_from_outside_it_takes_its_processes_along(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "examples.flights.demo", "--port", "0", "--full"],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    found = re.match(r"NATS at \S+:(\d+); open \S+:(\d+)/", process.stdout.readline())
+    assert found  # both run
+    process.terminate()
+    _, errors = process.communicate(timeout=40)
+    assert process.returncode == 130 and not errors, errors
+    assert not any(answers("127.0.0.1", int(port)) for port in found.groups())
 
 
 @pytest.mark.slow

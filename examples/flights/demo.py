@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -241,6 +242,9 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the page open until Ctrl+C")
     parser.add_argument("--port", type=int, default=8013, help="of the page (%(default)s)")
     options = parser.parse_args()
+    # Ended from outside it takes its service and its server along, as with Ctrl+C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     total = TOTAL if options.full else min(options.flights, TOTAL)
     port = free_port(options.port)
     kind = KINDS[options.broker]()
@@ -267,4 +271,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
