@@ -8,6 +8,7 @@ and what dead processes left. Acknowledgements of one turn of the event loop lea
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from typing import Any
 
@@ -31,7 +32,7 @@ from .scripts import (
     STREAM_TICK,
     unwrap,
 )
-from .wire import BROKEN, Lost, cut, reason_of
+from .wire import BROKEN, Lost, backoff, cut, reason_of
 
 #: Reading more within FAST seconds doubles what is held ready, after SLOW seconds halves it: a
 #: fast handler is never kept waiting, a slow one hoards no more than a moment's work.
@@ -323,13 +324,13 @@ class Kept(Flow):
     async def _put_back(self, entries: list[Entry], delay: float, fresh: bool) -> None:
         loop, ids = asyncio.get_running_loop(), [entry.id for entry in entries]
         due = loop.time() + delay
-        while True:
+        for attempt in itertools.count(1):
             try:
                 await self.nack(ids, max(int((due - loop.time()) * 1000), 0), int(fresh))
                 break
             except FAILED as error:
                 log.debug("%s: not returned yet: %s", self.spec.destination, reason_of(error))
-                await asyncio.sleep(PAUSE)
+                await asyncio.sleep(backoff(attempt, self.driver.cap))
         self.open.difference_update(ids)
         if self._due < 0 or due < self._due:
             self._due = due
