@@ -414,6 +414,7 @@ class Trial:
             timeout: seconds to wait for everything.
             options: as for :func:`check`.
         """
+        options["linger"] = options.get("linger", 0.0) + self.source.linger
         await self.quiet(timeout)
         held = await self.held()
         found = check(
@@ -422,10 +423,10 @@ class Trial:
             held=None if held < 0 else held,
             confirms=self.source.confirms,
             repeats=not self.source.once,
+            resends=self.source.resends,
             # What it held; then the next attempt to connect, which may time out once.
             away=(0.5, self.setup.reconnect + 2.5),
             **options,
-            resends=self.source.resends,
         )
         if not self.source.confirms:
             found.unsettled = 0  # nobody counts them there

@@ -97,6 +97,9 @@ class Source(ABC):
     keyed: ClassVar[bool] = False
     #: Seconds for which a broker may not know yet that a message is settled.
     behind: ClassVar[float] = 0.0
+    #: Seconds for which a message that a fault hit may wait before it is begun, since a worker
+    #: puts it behind the others.
+    linger: ClassVar[float] = 0.0
     #: Other processes than this one can reach it, so that there is a server.
     processes: ClassVar[bool] = True
     #: Of the subscription.

@@ -1,4 +1,4 @@
-"""RabbitMQ: a quorum queue, and a classic one."""
+"""RabbitMQ: a quorum queue, a classic one, and a stream."""
 
 from __future__ import annotations
 
@@ -133,4 +133,18 @@ class Classic(Quorum):
     """A classic queue, made by somebody else."""
 
     name = "rabbit-classic"
+    linger = 1.0  # what was delivered before is published anew, and may be there twice then
     kind = QueueType.CLASSIC
+
+
+class Stream(Quorum):
+    """A stream: it keeps everything, and a new process reads what comes from then on."""
+
+    name = "rabbit-stream"
+    kind = QueueType.STREAM
+    capabilities = RabbitSubscription(RabbitQueue("q", QueueType.STREAM)).capabilities
+    confirms = False
+    full = ""
+
+    async def held(self, broker: Any, setup: Setup) -> int:
+        return -1  # all of it, handled or not
