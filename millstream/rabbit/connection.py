@@ -302,6 +302,8 @@ def reason_of(error: BaseException) -> str:
     lost = _STREAM_LOST.fullmatch(text)
     if lost:
         text = lost[1]
+    elif text == "Transport indicated EOF":
+        text = "the server ended it"
     return text or type(error).__name__
 
 

@@ -39,6 +39,8 @@ SPARE = 3600.0
 LONGEST = 2**31
 #: Seconds for which it is remembered that a message's last attempt began.
 NOTE = 86_400
+#: What the server says of a queue whose node is away, or begins: it is there all the same.
+_AWAY = "is down or inaccessible"
 #: What no letter reaches: newer servers drop a message of a quorum queue that came back 20 times.
 UNLIMITED = 2**31 - 1
 
@@ -197,7 +199,7 @@ class Topology:
         try:
             await self.call(f"{kind}_declare", name, passive=True)
         except ChannelLost as lost:
-            if lost.code == NOT_FOUND:
+            if lost.code == NOT_FOUND and _AWAY not in lost.text:
                 return False
             raise self._explained(f"{kind} {name!r}", lost) from lost
         return True
@@ -229,7 +231,7 @@ class Topology:
             return SetupError(
                 f"the {what} is another connection's: {lost.text}", fix="leave out exclusive=True"
             )
-        if lost.code:
+        if lost.code and _AWAY not in lost.text:
             return SetupError(f"the server refuses the {what}: {lost.text}")
         return NotConnected(
             f"{self.driver.describe()}: {lost.text}", state="disconnected", wanted="connected"
