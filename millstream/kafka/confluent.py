@@ -126,6 +126,8 @@ class ConfluentClient:
         self._producer: Any = None
         self._poller: threading.Thread | None = None
         self._open = False
+        #: What ended a producer for good.
+        self._fatal: Broken | None = None
         #: Why brokers refused to talk to us, in this attempt to connect.
         self.refusals: list[str] = []
         #: Delivery reports on their way to the loop.
@@ -241,7 +243,7 @@ class ConfluentClient:
                 topic, value, key, on_delivery=functools.partial(self._delivered, future), **more
             )
         except KafkaException as error:
-            problem = broken(error)
+            problem = self._because(broken(error))
             if "TOO_LARGE" in problem.code:
                 most = self.producing.get("message.max.bytes")
                 problem = Broken(f"{problem} (max_request_size is {most} bytes)", problem.code)
@@ -259,6 +261,7 @@ class ConfluentClient:
                 producer.poll(0.2)
             except KafkaException as error:  # fatal: what is published from now on says so
                 log.debug("the producer: %s", error)
+                self._fatal = broken(error)
             if self._reports:
                 self._tell(self._hand_over)
 
@@ -269,7 +272,7 @@ class ConfluentClient:
             if future.done():
                 continue
             if error is not None:
-                future.set_exception(broken(error))
+                future.set_exception(self._because(broken(error)))
             else:
                 future.set_result(
                     RecordMetadata(
@@ -279,6 +282,11 @@ class ConfluentClient:
                         message.timestamp()[1],
                     )
                 )
+
+    def _because(self, problem: Broken) -> Broken:
+        """What ended the producer, where a message only tells that it has ended."""
+        ended = problem.code in ("_FATAL", "_PURGE_QUEUE", "_PURGE_INFLIGHT")
+        return self._fatal if ended and self._fatal is not None else problem
 
     async def flush(self, timeout: float) -> None:
         if self._producer is not None:

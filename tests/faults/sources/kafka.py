@@ -91,9 +91,8 @@ class KafkaGroup(Source):
         }
 
     def answering(self, setup: Setup) -> dict[str, Any]:
-        options = self.subscription(setup) | {"group_id": f"{setup.name}-answering"}
-        del options["address"]
-        return options
+        # Without a group, which would answer callers that are gone since long.
+        return {}
 
     def asking(self, broker: Any) -> int:
         return len(broker.driver._asked)
