@@ -24,8 +24,8 @@ log = logging.getLogger("millstream.redis")
 
 #: Messages given to the sink in one go before other tasks get a turn.
 TURN = 128
-#: Entries that are read at once.
-MOST = 100
+#: Messages that are read at once, at most, where nobody says it.
+MOST = 256
 
 
 class Flow:

@@ -62,8 +62,6 @@ class Kept(Flow):
 
     #: The command that acknowledges the ids behind it.
     ack: tuple[str, ...]
-    #: How many are read at once, at most, where nobody says it.
-    largest = MOST
 
     def __init__(self, *args: Any, member: str, ack_wait: float, parts: tuple[str, ...]) -> None:
         super().__init__(*args)
@@ -89,7 +87,7 @@ class Kept(Flow):
         stream = spec.stream_sub
         fixed = spec.batch is not None or (stream is not None and stream.max_records is not None)
         self.least = spec.prefetch
-        self.most = self.least if fixed else max(self.least, self.largest)
+        self.most = self.least if fixed else max(self.least, MOST)
         #: How many are held ready. The first is what is begun at once: if that ends this process,
         #: nothing counts as delivered that was only fetched ahead.
         self.target, self.at_once = min(self.least, self.most, at_once), at_once
@@ -509,9 +507,6 @@ class GroupFlow(Kept):
 
 class ListFlow(Kept):
     """A list: what is taken lies in a hash of this process until it is settled."""
-
-    #: A script costs more than a command does, and a list hands out faster.
-    largest = 256
 
     def __init__(self, *args: Any) -> None:
         spec, driver = args[1], args[0]
