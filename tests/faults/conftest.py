@@ -1,8 +1,8 @@
 """Which scenarios run on which sources when nothing else is said: the rule is here alone.
 
 ``make faults`` (``FAULTS=1``, or ``-m faults``) runs everything. Otherwise the fast scenarios run,
-those without the mark ``faults``: on the sources of ``EVERYTHING`` all of them, and on each other
-source those of ``ESSENTIAL``. A scenario for other sources only runs on the first of them.
+those without the mark ``faults``: on the sources of ``EVERYTHING`` all of them, and on those of
+``OTHERS`` the ones of ``ESSENTIAL``. A scenario for other sources only runs on the first of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from tests.faults.harness import remove_spare
 
 HERE = Path(__file__).parent
 EVERYTHING = frozenset({"jetstream", "nats-core", "memory"})
+#: One source of each other way to keep messages.
+OTHERS = frozenset({"redis-stream", "redis-list", "rabbit-quorum", "kafka", "mqtt-session"})
 ESSENTIAL = frozenset(
     {
         "test_f01_a_worker_is_killed_in_the_middle",
@@ -56,7 +58,9 @@ def _by_default(item: pytest.Item, homes: set[str]) -> bool:
     source = _source(item)
     if item.get_closest_marker("faults"):
         return False
-    if not source or source in EVERYTHING or _function(item) in ESSENTIAL:
+    if not source or source in EVERYTHING:
+        return True
+    if source in OTHERS and _function(item) in ESSENTIAL:
         return True
     return not homes & EVERYTHING and source == min(homes)
 
