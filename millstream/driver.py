@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import msgspec
 
@@ -198,6 +198,11 @@ class PublicationSpec(Spec, frozen=True, kw_only=True):
     codec: Codec | None = None
     middlewares: Sequence[Middleware | Callable[..., Any]] = ()
 
+    @property
+    def many(self) -> bool:
+        """Whether what is published is a list, each item of which is a message."""
+        return False
+
     def check(self) -> None:
         """Raise a :class:`SetupError` for options that contradict each other."""
 
@@ -296,6 +301,14 @@ class Intake(Protocol):
     async def lag(self) -> int | None:
         """Messages that wait at the broker for this source; None where it does not tell."""
         ...
+
+
+@runtime_checkable
+class Undoing(Intake, Protocol):
+    """An intake whose handlers' publications go out with the settlement of their message."""
+
+    def undo(self, raw: Any, /) -> None:
+        """Drop what a failed attempt published; ``raw`` is a list for a batch."""
 
 
 class Driver(Protocol):

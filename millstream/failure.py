@@ -16,7 +16,7 @@ import msgspec
 from . import killpoints
 from .ack import TABLE, UNSETTLED, AckPolicy, Row, Settlement
 from .dedup import Once
-from .driver import Capability
+from .driver import Capability, Undoing
 from .errors import (
     AckMessage,
     BatchFailed,
@@ -469,9 +469,9 @@ class Failures:
 
 def _undo(message: Message[Any]) -> None:
     """Drop what a failed attempt published, where that goes out with the settlement only."""
-    undo = getattr(message.link.intake, "undo", None)
-    if undo is not None:
-        undo(message.raw)
+    intake = message.link.intake
+    if isinstance(intake, Undoing):
+        intake.undo(message.raw)
 
 
 def _seen(task: asyncio.Future[Any]) -> None:

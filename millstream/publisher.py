@@ -82,7 +82,7 @@ class Publication:
             if hasattr(spec, name) and getattr(spec, name) != getattr(plain, name)
         }
         #: Whether what is published is a list, each item of which is a message.
-        self.many: bool = getattr(spec, "batch", False)
+        self.many: bool = spec.many
         self.send: Send = broker.sender(
             spec.codec or scope.codec, (*scope.middlewares, *spec.middlewares)
         )

@@ -380,6 +380,10 @@ class KafkaPublication(PublicationSpec, frozen=True):
         return self.topic if isinstance(self.topic, str) else self.topic.name
 
     @property
+    def many(self) -> bool:
+        return self.batch
+
+    @property
     def bindings(self) -> Bindings:
         return _of_topic(Topic(self.topic) if isinstance(self.topic, str) else self.topic)
 

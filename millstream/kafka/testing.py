@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from ..driver import Spec
+from ..address import AddressSyntax
+from ..driver import PublishCommand, Spec
 from ..memory import Delivery, MemoryDriver, Source
 from ..message import Message
 from ..testing import Bs, TestBroker
 from .driver import literal
 from .message import KafkaMessage, Record, RecordMetadata
 from .options import SYNTAX, KafkaPublish, KafkaSubscription, Topic
+from .transactions import unit_of
 
 #: Bytes of the largest message, as of a server with default settings.
 LARGEST = 1_048_576
@@ -38,8 +40,8 @@ class KafkaMemoryDriver(MemoryDriver):
     """Topics in memory with the rules of Kafka: each has one partition and keeps everything."""
 
     name: ClassVar[str] = "kafka"
-    syntax: ClassVar = SYNTAX
-    command: ClassVar = KafkaPublish
+    syntax: ClassVar[AddressSyntax] = SYNTAX
+    command: ClassVar[type[PublishCommand]] = KafkaPublish
     max_payload = LARGEST
 
     def source(self, spec: Any) -> Source:
@@ -97,6 +99,20 @@ class KafkaMemoryDriver(MemoryDriver):
     async def publish(
         self, command: KafkaPublish, data: bytes, headers: dict[str, str] | None
     ) -> RecordMetadata:
+        unit = unit_of(self)
+        if unit is not None:
+            unit.sends.append((command, data, headers))
+            return RecordMetadata(command.destination, 0, -1)
+        return await self._publish(command, data, headers)
+
+    async def transact(self, sends: Sequence[Any]) -> None:
+        """The end of a transaction outside of handlers."""
+        for send in sends:
+            await self._publish(*send)
+
+    async def _publish(
+        self, command: KafkaPublish, data: bytes, headers: dict[str, str] | None
+    ) -> RecordMetadata:
         await self._send(
             command, command.destination, data, _with_key(command, data, headers), command.reply_to
         )
@@ -131,7 +147,8 @@ class TestKafkaBroker(TestBroker[*Bs]):
     """Runs a Kafka broker in memory, as :class:`~millstream.testing.TestBroker` tells.
 
     Topics, groups, patterns, keys, tombstones and settlement follow Kafka's rules; each topic
-    has one partition. Transactions begin and end with each message.
+    has one partition. ``broker.transaction()`` publishes at its end, or nothing after an error.
+    What a handler publishes is there at once, also where the broker has a ``transactional_id``.
     """
 
     __test__ = False

@@ -15,11 +15,12 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextvars import ContextVar
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
 from ..ack import AckPolicy, Settlement
+from ..driver import Driver
 from ..errors import Fenced, MessageTooLarge, PublishError, SetupError, StateError
 from ..message import current
 from .client import Broken, Pairs, Plan, Refused, Transactor
@@ -53,6 +54,12 @@ class Transactional(msgspec.Struct, frozen=True):
     timeout_ms: int
 
 
+class Transacting(Driver, Protocol):
+    """A driver that can publish several messages at once, or none of them."""
+
+    async def transact(self, sends: Sequence[Any]) -> None: ...
+
+
 class Send(NamedTuple):
     """One message that waits for its transaction."""
 
@@ -76,7 +83,7 @@ class Unit:
 
     def __init__(self, owner: Any, records: list[Record]) -> None:
         self.owner, self.records = owner, records
-        self.sends: list[Send] = []
+        self.sends: list[Any] = []
         #: How many of them a later failure does not take back.
         self.kept = 0
         #: It goes out in a transaction of its own, since one with others was refused.
@@ -109,10 +116,10 @@ class Unit:
 
 
 #: The explicit transaction that the running task is in.
-_opened: ContextVar[tuple[KafkaDriver, Unit] | None] = ContextVar("kafka_transaction", default=None)
+_opened: ContextVar[tuple[Transacting, Unit] | None] = ContextVar("kafka_transaction", default=None)
 
 
-def unit_of(driver: KafkaDriver) -> Unit | None:
+def unit_of(driver: Transacting) -> Unit | None:
     """Where a publication of the running task is to wait; None where it goes out at once."""
     opened = _opened.get()
     if opened is not None and opened[0] is driver:
@@ -485,7 +492,7 @@ class TransactionalFlow(Flow):
 
 
 @contextlib.asynccontextmanager
-async def opened(driver: KafkaDriver) -> AsyncIterator[None]:
+async def opened(driver: Transacting) -> AsyncIterator[None]:
     """What the block publishes becomes visible at its end, all at once; see the broker.
 
     Raises:

@@ -313,7 +313,8 @@ class RedisPublication(PublicationSpec, frozen=True):
 
     Fields:
         channel: where the messages go, or an address such as ``stream://orders``.
-        list: append to a list instead.
+        list: append to a list instead; with ``ListSub(batch=True)`` a handler returns a list, and
+            each item of it is a message.
         stream: add to a stream instead.
         maxlen: entries that the stream keeps, about.
         max_age: seconds for which it keeps them, about.
@@ -338,6 +339,10 @@ class RedisPublication(PublicationSpec, frozen=True):
     @property
     def destination(self) -> str:
         return address_of(self.channel, self.list, self.stream)
+
+    @property
+    def many(self) -> bool:
+        return isinstance(self.list, ListSub) and self.list.batch
 
     def check(self) -> None:
         given = [n for n in ("channel", "list", "stream") if getattr(self, n) is not None]

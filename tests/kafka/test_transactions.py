@@ -15,7 +15,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 from millstream import AckPolicy, Batch, Millstream, Retry
 from millstream.errors import BatchFailed, Fenced, MessageTooLarge, SetupError, StateError
-from millstream.kafka import KafkaBroker, KafkaMessage, Topic
+from millstream.kafka import KafkaBroker, KafkaMessage, TestKafkaBroker, Topic
 from tests.helpers import eventually, eventually_sync, unique
 
 QUICK: dict[str, Any] = {"heartbeat_interval_ms": 100, "session_timeout_ms": 3000}
@@ -445,3 +445,27 @@ def test_what_cannot_be_exactly_once_is_said_at_once(kafka: Any) -> None:
         make(kafka, "")
     with pytest.raises(SetupError, match="enable_idempotence"):
         make(kafka, "a", enable_idempotence=False)
+
+
+# In memory
+
+
+async def test_in_memory_a_transaction_is_visible_at_its_end_or_never() -> None:
+    broker, got = KafkaBroker("127.0.0.1:1", transactional_id="shop"), []
+
+    @broker.subscriber("orders", group_id="billing")
+    async def handler(body: int) -> None:
+        got.append(body)
+
+    async with TestKafkaBroker(broker):
+        async with broker.transaction():
+            await broker.publish(1, "orders")
+            await broker.publish(2, "orders")
+            assert got == []
+        await eventually(lambda: got == [1, 2])
+        with pytest.raises(ValueError, match="no"):
+            async with broker.transaction():
+                await broker.publish(3, "orders")
+                raise ValueError("no")
+        await broker.publish(4, "orders")
+    assert got == [1, 2, 4]

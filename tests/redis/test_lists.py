@@ -237,3 +237,20 @@ async def test_waiting_processes_take_turns(
     # As if a process had ended between the two steps.
     await client.rpush(f"{{{name}}}:ms:next", "20")
     await eventually(lambda: len(got) == 21)
+
+
+async def test_a_handler_publishes_a_list_item_by_item(broker: RedisBroker, name: str) -> None:
+    out, got = f"{name}-out", []
+
+    @broker.subscriber(list=name)
+    @broker.publisher(list=ListSub(out, batch=True))
+    async def split(body: int) -> list[int]:
+        return [body, body + 1]
+
+    @broker.subscriber(list=out)
+    async def collect(body: int) -> None:
+        got.append(body)
+
+    await broker.start()
+    await broker.publish(1, list=name)
+    await eventually(lambda: got == [1, 2])
