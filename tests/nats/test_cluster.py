@@ -25,6 +25,9 @@ STREAM = "ORDERS"
 #: Seconds without any confirmation, or any message, in which others have to take over: servers
 #: elect a leader within 9 s, and the client may have to look for another server first.
 PATIENCE = 15.0
+#: Seconds around a kill: whose acknowledgement falls in there may come again, since it was on its
+#: way, or the leader had not passed it on yet.
+ABOUT = 1.0
 
 
 class Times:
@@ -33,10 +36,12 @@ class Times:
     def __init__(self) -> None:
         self.at: list[float] = []
         self.each: Counter[int] = Counter()
+        self.first: dict[int, float] = {}
 
     def note(self, number: int) -> None:
         self.at.append(time.monotonic())
         self.each[number] += 1
+        self.first.setdefault(number, self.at[-1])
 
     @property
     def longest(self) -> float:
@@ -149,8 +154,10 @@ def cluster() -> Any:
 async def test_a_leader_dies_under_load(cluster: NatsCluster) -> None:
     async with loaded(cluster) as load:
         await load.more(300)
+        kills = []
         for what in ("stream", "consumer"):
             node = await leader(cluster, what)
+            kills.append(time.monotonic())
             node.kill()
             await load.more(300)  # the two that are left go on
             node.start()
@@ -165,6 +172,7 @@ async def test_a_leader_dies_under_load(cluster: NatsCluster) -> None:
     assert set(confirmed.each) <= set(handled.each)
     stored, _ = await state(cluster)
     assert stored == len(handled.each) and set(confirmed.each.values()) == {1}
-    # Who takes over does so in time, and little is handled twice: what was not yet acknowledged.
+    # Who takes over does so in time, and only what was not known to be done is done again.
     assert confirmed.longest < PATIENCE and handled.longest < PATIENCE
-    assert sum(handled.each.values()) - len(handled.each) <= 2 * 100
+    again = [handled.first[number] for number, times in handled.each.items() if times > 1]
+    assert all(any(abs(at - kill) < ABOUT for kill in kills) for at in again)
