@@ -96,13 +96,18 @@ class RabbitLetters:
     async def _put_back(self, wire: Wire, count: int) -> None:
         """Give back what is held; on return others see it again."""
         if wire.open_ and count:
+            expected = await self._ready(wire) + count
             wire.channel.basic_nack(0, multiple=True, requeue=True)
             for _ in range(100):  # a quorum queue takes a moment, which is no error
-                answer = await wire.call("queue_declare", self.address, passive=True)
-                if answer.message_count >= count:
+                if await self._ready(wire) >= expected:
                     break
                 await asyncio.sleep(0.01)
         await wire.close()
+
+    async def _ready(self, wire: Wire) -> int:
+        """How many messages nobody holds."""
+        answer = await wire.call("queue_declare", self.address, passive=True)
+        return int(answer.message_count)
 
     def _letter(self, id: str, raw: Delivery) -> Letter:
         message = RabbitMessage(raw, self._link)
