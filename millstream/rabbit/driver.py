@@ -85,6 +85,8 @@ class RabbitDriver:
         self.consuming = Line(self, self._restored)
         self.flows: set[Flow] = set()
         self._connected = False
+        #: Whether it was said that a connection broke, and not yet that all is well again.
+        self._broken = False
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def describe(self) -> str:
@@ -130,6 +132,7 @@ class RabbitDriver:
 
     def line_lost(self, line: Line, reason: BaseException) -> None:
         """A connection broke; it comes back by itself."""
+        self._broken = True
         self.notify("disconnected", reason_of(reason))
         self._call(self._on_close, None, reason)
 
@@ -148,7 +151,10 @@ class RabbitDriver:
         other = self.publishing if line is self.consuming else self.consuming
         # What cut this connection may have cut the other one as well, unnoticed so far.
         unused = not other.reason and not other.up.is_set()
-        if line.up.is_set() and (unused or await other.probe()):
+        whole = unused or await other.probe()
+        # Both may have come back at the same time, or one broke again during the probe.
+        if whole and line.up.is_set() and self._broken:
+            self._broken = False
             self.notify("reconnected", self.describe())
             self._call(self._on_reconnected, line.connection)
 

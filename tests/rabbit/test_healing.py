@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from millstream.rabbit import (
     RabbitMessage,
     RabbitQueue,
 )
+from millstream.rabbit.connection import abort
 from tests.helpers import eventually, unique
 from tests.rabbit.helpers import Foreign
 from tests.servers import missing
@@ -216,6 +218,30 @@ async def test_a_closed_connection_is_made_again(server: RabbitServer) -> None:
         await asyncio.to_thread(server.control, "close_all_connections", "test")
         await service.send(2)
         await service.has(2)
+
+
+async def test_two_connections_that_break_and_come_back_together_are_one_event(
+    server: RabbitServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    def said(what: str) -> int:
+        return sum(what in record.getMessage() for record in caplog.records)
+
+    async with Service(server) as service:
+        driver, declared = service.broker.driver, asyncio.Event()
+        monkeypatch.setattr(driver.topology, "restore", declared.wait)
+        for line in (driver.consuming, driver.publishing):
+            assert line.connection is not None
+            abort(line.connection)
+        await asyncio.gather(driver.consuming.up.wait(), driver.publishing.up.wait())
+        abort(driver.publishing.connection)  # so that it is the later one
+        await eventually(lambda: said("connected again"), 10)
+        declared.set()
+        await service.send(1)
+        await service.has(1)
+        await asyncio.sleep(0.2)  # a second line would come about now
+        assert said("connection lost") == said("connected again") == 1
 
 
 async def test_while_the_server_is_short_of_memory_publishing_waits_and_consuming_goes_on(
