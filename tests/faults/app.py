@@ -74,7 +74,7 @@ async def perform(order: Order, attempt: int, work: float) -> None:
 def build(source: Source, setup: Setup, ledger: Ledger) -> Millstream:
     """The application."""
     broker: Any = source.broker(setup)
-    _record_settlements(broker.driver, ledger)
+    _record_settlements(broker.driver, ledger, source)
 
     async def handle(order: Order, message: Message[Any]) -> Any:
         run, attempt = f"{os.getpid()}-{next(_runs)}", message.attempt
@@ -117,8 +117,8 @@ def build(source: Source, setup: Setup, ledger: Ledger) -> Millstream:
     return app
 
 
-def _record_settlements(driver: Any, ledger: Ledger) -> None:
-    """Let every intake of a driver write into the ledger what it told the broker."""
+def _record_settlements(driver: Any, ledger: Ledger, source: Source) -> None:
+    """Let every intake of a driver write into the ledger what it told the broker, and moved."""
     subscribe = driver.subscribe
 
     async def recorded(*args: Any) -> Any:
@@ -129,16 +129,32 @@ def _record_settlements(driver: Any, ledger: Ledger) -> None:
             await settle(raw, how, delay, **options)
             message = current_message()
             if message is not None and not isinstance(message.raw, list):
-                try:
-                    id = msgspec.json.decode(message.body, type=Order).id
-                except msgspec.MsgspecError:
-                    return
-                ledger.write("settled", id, how=how.name)
+                id = _id_of(message.body)
+                if id:
+                    ledger.write("settled", id, how=how.name)
 
         intake.settle = settling
+        move = getattr(intake, source.moves) if source.moves else None
+
+        async def moving(raw: Any, /, *args: Any) -> None:
+            id = _id_of(raw.body)
+            ledger.write("moves", id)
+            await move(raw, *args)
+            ledger.write("moved", id)
+
+        if move is not None:
+            setattr(intake, source.moves, moving)
         return intake
 
     driver.subscribe = recorded
+
+
+def _id_of(body: bytes) -> str:
+    """The message's id; "" where the body is poison."""
+    try:
+        return msgspec.json.decode(body, type=Order).id
+    except msgspec.MsgspecError:
+        return ""
 
 
 def create() -> Millstream:

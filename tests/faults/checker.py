@@ -9,6 +9,9 @@ from itertools import pairwise
 
 from tests.faults.ledger import Record
 
+#: Seconds that an acknowledgement may take to the broker once the process believes it sent.
+ON_ITS_WAY = 0.1
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -132,7 +135,7 @@ def check(
     again = {id for id, n in Counter(r.id for r in by["sent"]).items() if n > 1 and repeats}
     if resends:
         again |= _interrupted(by["sent"], by["confirmed"], faults)
-    verdict.uncaused = _uncaused(runs, faults, again, linger)
+    verdict.uncaused = _uncaused(runs, _moves(by["moves"], by["moved"]), faults, again, linger)
     verdict.overlaps = _overlaps(runs, lambda run: run.id)
     if ordered:
         verdict.overlaps |= _overlaps(runs, lambda run: run.key)
@@ -190,7 +193,23 @@ def _first(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
     return found
 
 
-def _uncaused(runs: list[Run], faults: Sequence[Fault], again: set[str], linger: float) -> set[str]:
+def _moves(begun: list[Record], done: list[Record]) -> defaultdict[str, list[Run]]:
+    """By id the times in which it was there twice, since a process published it anew."""
+    found: defaultdict[str, list[Run]] = defaultdict(list)
+    for one in begun:
+        ends = (r.at + ON_ITS_WAY for r in done if (r.id, r.pid) == (one.id, one.pid))
+        end = min((at for at in ends if at > one.at), default=float("inf"))
+        found[one.id].append(Run(one.id, "", one.pid, one.at, end))
+    return found
+
+
+def _uncaused(
+    runs: list[Run],
+    moves: defaultdict[str, list[Run]],
+    faults: Sequence[Fault],
+    again: set[str],
+    linger: float,
+) -> set[str]:
     of: defaultdict[str, list[Run]] = defaultdict(list)
     for run in runs:
         of[run.id].append(run)
@@ -201,11 +220,17 @@ def _uncaused(runs: list[Run], faults: Sequence[Fault], again: set[str], linger:
             hit = any(
                 fault.begin <= max(one.effect or 0.0, two.start) and one.start <= fault.end + linger
                 for fault in faults
-                if not fault.pids or {one.pid, two.pid} & fault.pids
+                if not fault.pids or _pids(one, two, moves[id], fault) & fault.pids
             )
             if not (hit or one.failed or id in again):
                 found.add(id)
     return found
+
+
+def _pids(one: Run, two: Run, moves: list[Run], fault: Fault) -> set[int]:
+    """The processes whose end by this fault makes one effect into two."""
+    movers = {m.pid for m in moves if m.start <= fault.end and (m.end or 0.0) >= fault.begin}
+    return {one.pid, two.pid} | movers
 
 
 def _interrupted(sent: list[Record], confirmed: list[Record], faults: Sequence[Fault]) -> set[str]:

@@ -23,7 +23,8 @@ class Record(NamedTuple):
         at: when, in seconds of the monotonic clock.
         pid: the process it happened in.
         event: ``sent``, ``confirmed``, ``start``, ``effect``, ``failed``, ``end``, ``settled``,
-            ``dead`` (found among the dead letters), ``up``, ``down``, ``died``.
+            ``dead`` (found among the dead letters), ``moves``, ``moved`` (before and after it is
+            published anew, to be acknowledged then), ``up``, ``down``, ``died``.
         id: the message, if it is about one.
         more: ``key``, ``seq``, ``run`` (one attempt), ``how`` and the like.
     """

@@ -94,6 +94,18 @@ def test_duplicate_and_its_cause() -> None:
     assert check(history(*TWICE), [Fault("cut", 1.15, 2, frozenset([3]))]).uncaused == {"a"}
 
 
+def test_a_process_that_dies_while_it_publishes_a_message_anew_leaves_it_there_twice() -> None:
+    killed = Fault("killed", 0.6, 0.7, frozenset([3]))
+    assert check(history(*TWICE), [killed], linger=1.0).uncaused == {"a"}
+    assert not check(history(*TWICE, "0.5 3 moves a"), [killed], linger=1.0).uncaused
+    # What was acknowledged long before, another process did, or another message, is no cause.
+    over = history(*TWICE, "0.3 3 moves a", "0.4 3 moved a")
+    assert check(over, [killed], linger=1.0).uncaused == {"a"}
+    for other in ("0.5 4 moves a", "0.5 3 moves b"):
+        records = history(*TWICE, *sent("b"), *handled("b", 1), other)
+        assert check(records, [killed], linger=1.0).uncaused == {"a"}
+
+
 def test_a_failure_or_a_second_sending_is_a_cause() -> None:
     failed = [line.replace("how=ok", "how=error") for line in TWICE]
     assert not check(history(*failed)).uncaused

@@ -100,6 +100,9 @@ class Source(ABC):
     #: Seconds for which a message that a fault hit may wait before it is begun, since a worker
     #: puts it behind the others.
     linger: ClassVar[float] = 0.0
+    #: The method of an intake by which a worker publishes a message anew and then acknowledges it:
+    #: a worker that dies in between leaves it there twice, though it never began it.
+    moves: ClassVar[str] = ""
     #: Other processes than this one can reach it, so that there is a server.
     processes: ClassVar[bool] = True
     #: Of the subscription.

@@ -26,6 +26,7 @@ class Quorum(Source):
     deadline = False
     max_message = MAX_MESSAGE
     resends = True
+    moves = "_publish_anew"
     nobody = RequestTimeout  # the queue keeps a request
     full = "refused the message"
     kind = QueueType.QUORUM
