@@ -144,7 +144,10 @@ class Flow:
                 continue
             raw = waiting.popleft()
             try:
-                if raw.method.redelivered and not streaming and await self._again(raw):
+                if streaming:
+                    # It is ours from now on: consumers that begin meanwhile begin behind it.
+                    self._offset = int(table(raw)["x-stream-offset"])
+                elif raw.method.redelivered and await self._again(raw):
                     continue
                 await self.sink(raw)
                 if streaming:
@@ -163,7 +166,6 @@ class Flow:
 
     def _streamed(self, raw: Delivery) -> None:
         """A stream's message is never settled; an acknowledgement only asks for the next."""
-        self._offset = int(table(raw)["x-stream-offset"])
         if self._wire is not None and raw.channel is self._wire.channel:
             self._done.add(raw.method.delivery_tag)
             self._flush_soon()
@@ -338,7 +340,11 @@ class Flow:
         """No deadline to push back."""
 
     async def begun(self, raw: Delivery, /) -> bool:
-        return await self.driver.topology.begun(raw)
+        try:
+            return await self.driver.topology.begun(raw)
+        except (ChannelLost, MillstreamError, TimeoutError) as error:
+            log.debug("%r: cannot note that a last attempt begins: %s", self.queue, error)
+            return False
 
     async def lag(self) -> int | None:
         ready, _ = await self.driver.topology.depth(self.queue)

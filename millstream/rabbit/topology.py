@@ -39,6 +39,8 @@ SPARE = 3600.0
 LONGEST = 2**31
 #: Seconds for which it is remembered that a message's last attempt began.
 NOTE = 86_400
+#: Notes that a process remembers as its own.
+NOTES = 10_000
 #: What the server says of a queue whose node is away, or begins: it is there all the same.
 _AWAY = "is down or inaccessible"
 #: What no letter reaches: newer servers drop a message of a quorum queue that came back 20 times.
@@ -60,6 +62,8 @@ class Topology:
         self._letters: set[str] = set()
         #: Delay queue → the clock's time until which it surely lives.
         self._alive: dict[str, float] = {}
+        #: Notes that this process made, or may have made: the answer can be lost.
+        self._noted: dict[str, None] = {}
         self._best = True
 
     def forget(self) -> None:
@@ -295,10 +299,11 @@ class Topology:
         return name
 
     async def begun(self, raw: Delivery) -> bool:
-        """Note that the last attempt at a message begins; whether it was noted before.
+        """Note that the last attempt at a message begins; whether another process noted it before.
 
         A queue keeps no notes on messages, and a message cannot be changed in its place. The note
-        is an empty queue that vanishes after a day, named after the message.
+        is an empty queue that vanishes after a day, named after the message. One of our own says
+        that a connection broke: we would not be here if the message had ended the process.
         """
         properties = raw.properties
         token = hashlib.sha256(raw.queue.encode())
@@ -306,12 +311,17 @@ class Topology:
         if properties.message_id is None:
             token.update(raw.body)
         name = f"ms-begun.{token.hexdigest()[:32]}"
+        if name in self._noted:
+            return False
         try:
             await self.call("queue_declare", name, passive=True)
             return True
         except ChannelLost as lost:
             if lost.code != NOT_FOUND:
                 raise self._explained(f"queue {name!r}", lost) from lost
+        while len(self._noted) >= NOTES:
+            del self._noted[next(iter(self._noted))]
+        self._noted[name] = None
         arguments = {"x-queue-type": "classic", "x-expires": NOTE * 1000}
         await self._refusable(
             f"queue {name!r}", "queue_declare", name, durable=True, arguments=arguments

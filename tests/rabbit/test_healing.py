@@ -326,6 +326,21 @@ async def test_a_stream_goes_on_where_it_was(server: RabbitServer) -> None:
         assert service.got == [1, 2, 3]
 
 
+async def test_a_stream_read_anew_repeats_nothing_that_waits_here(server: RabbitServer) -> None:
+    class Slow(Service):
+        async def work(self, body: int) -> None:
+            await asyncio.sleep(0.02)
+
+    async with Slow(server, RabbitQueue(unique(), QueueType.STREAM)) as service:
+        await service.send(*range(20))
+        [flow] = service.broker.driver.flows
+        for n in (3, 8):
+            await service.has(n)
+            flow._heal("as if the consumer had died")
+        await service.has(*range(20))
+        assert service.got == list(range(20))
+
+
 async def test_what_cannot_be_delayed_at_the_server_waits_here(server: RabbitServer) -> None:
     queue = RabbitQueue(unique())
     service = Service(server, queue, ack_policy=AckPolicy.NACK_ON_ERROR, retry=Retry(delay=0.3))
