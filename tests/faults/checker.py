@@ -135,7 +135,8 @@ def check(
     again = {id for id, n in Counter(r.id for r in by["sent"]).items() if n > 1 and repeats}
     if resends:
         again |= _interrupted(by["sent"], by["confirmed"], faults)
-    verdict.uncaused = _uncaused(runs, _moves(by["moves"], by["moved"]), faults, again, linger)
+    moves = _moves(by["moves"], by["moved"])
+    verdict.uncaused = _uncaused(runs, moves, faults, again, linger)
     verdict.overlaps = _overlaps(runs, lambda run: run.id)
     if ordered:
         verdict.overlaps |= _overlaps(runs, lambda run: run.key)
@@ -154,8 +155,12 @@ def check(
             and (not fault.pids or run.pid in fault.pids)
             and not (run.failed or run.returned)
         ]
-        verdict.in_flight.append(len({run.id for run in hit}))
-        verdict.recovery.append(_recovery(fault, faults, runs, {run.id for run in hit}, due, done))
+        ids = {run.id for run in hit}
+        verdict.in_flight.append(len(ids))
+        # What was published anew stands behind all that waits, however much that is: what comes
+        # before it is the progress then.
+        ids -= {id for id in ids if any(move.start >= fault.begin for move in moves[id])}
+        verdict.recovery.append(_recovery(fault, faults, runs, ids, due, done))
     return verdict
 
 
@@ -220,17 +225,18 @@ def _uncaused(
             hit = any(
                 fault.begin <= max(one.effect or 0.0, two.start) and one.start <= fault.end + linger
                 for fault in faults
-                if not fault.pids or _pids(one, two, moves[id], fault) & fault.pids
+                if not fault.pids or {one.pid, two.pid} & fault.pids
+            )
+            # There are two of it then, for as long as both wait in the queue.
+            hit = hit or any(
+                fault.begin <= min(two.start, move.end or 0.0) and move.start <= fault.end
+                for fault in faults
+                for move in moves[id]
+                if not fault.pids or move.pid in fault.pids
             )
             if not (hit or one.failed or id in again):
                 found.add(id)
     return found
-
-
-def _pids(one: Run, two: Run, moves: list[Run], fault: Fault) -> set[int]:
-    """The processes whose end by this fault makes one effect into two."""
-    movers = {m.pid for m in moves if m.start <= fault.end and (m.end or 0.0) >= fault.begin}
-    return {one.pid, two.pid} | movers
 
 
 def _interrupted(sent: list[Record], confirmed: list[Record], faults: Sequence[Fault]) -> set[str]:
@@ -275,14 +281,16 @@ def _stall(due: dict[str, float], done: dict[str, float], faults: Sequence[Fault
     steps = sorted(
         [(at, 1) for at in due.values()]
         + [(max(done[id], at), -1) for id, at in due.items() if id in done]
+        # Stored without a confirmation: nobody waits for it, and it takes its time.
+        + [(at, 0) for id, at in done.items() if id not in due]
     )
     worst, backlog, since = 0.0, 0, 0.0
     for at, change in steps:
-        if backlog > 0 and change < 0:
+        if backlog > 0 and change <= 0:
             # The time that faults took away does not count.
             lost = sum(max(min(f.end, at) - max(f.begin, since), 0.0) for f in faults)
             worst = max(worst, at - since - lost)
-        if change < 0 or backlog == 0:
+        if change <= 0 or backlog == 0:
             since = at
         backlog += change
     return worst

@@ -103,7 +103,7 @@ async def test_f24_a_storm_of_failures_is_no_storm_of_lines(tmp_path: Path, sour
         assert lines <= 10 + seconds + 2, f"{lines} lines in {seconds:.1f} s"
 
 
-@on(has="refuse_letters")
+@on(has="refuse_letters", confirms=True)
 async def test_f25_a_dead_letter_that_is_refused(tmp_path: Path, source: str) -> None:
     async with Trial(source, tmp_path, attempts=2, delay=0.1, ack_wait=1.0) as trial:
         broker = await trial.connect()
