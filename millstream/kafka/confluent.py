@@ -50,6 +50,20 @@ STALL = 0.5
 ASK = 5.0
 #: Seconds between two looks whether we were refused.
 GREET = 0.5
+#: Seconds for which a last commit is tried while the group is being shared out anew.
+LEAVE = 2.0
+_SHARING = {
+    KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError.ILLEGAL_GENERATION,
+    KafkaError.STALE_MEMBER_EPOCH,
+}
+#: What a broker says of a partition while its leader is chosen.
+_MOVING = {
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.FENCED_LEADER_EPOCH,
+    KafkaError.UNKNOWN_LEADER_EPOCH,
+}
 #: Errors that come and go while brokers do.
 _PASSING = {
     KafkaError._TRANSPORT,
@@ -377,8 +391,15 @@ class ConfluentClient:
         if not places:
             return {}
         wanted = {TopicPartition(*p): edge for p in places}
-        found = self._admin.list_offsets(wanted, request_timeout=ASK)
-        return {Place(p.topic, p.partition): f.result().offset for p, f in found.items()}
+        end = time.monotonic() + ASK
+        while True:
+            found = self._admin.list_offsets(wanted, request_timeout=ASK)
+            try:
+                return {Place(p.topic, p.partition): f.result().offset for p, f in found.items()}
+            except KafkaException as error:
+                if error.args[0].code() not in _MOVING or time.monotonic() > end:
+                    raise
+                time.sleep(GREET / 5)
 
     async def cut(self, place: Place, before: int) -> None:
         """Delete the messages of a partition before an offset for good."""
@@ -454,6 +475,9 @@ class ConfluentReader:
         self._room = threading.Event()
         self._room.set()
         self._stopping = False
+        #: Once everything is let go of: the last commit, until the group has it. What the group
+        #: still gives is not for the owner any more.
+        self._last: list[Commit] | None = None
         self._consumer: Any = None
         self.member: Any = None
         self._ended: asyncio.Future[None] | None = None
@@ -583,10 +607,11 @@ class ConfluentReader:
             tell(self.owner.failed, Broken(str(problem), problem.code, True))
         finally:
             try:
-                if self.plan.group is not None and self.plan.partitions:
-                    places = [place for place, _ in self.plan.partitions]
-                    self._commit_last(self._losing(places, gone=False))
-                consumer.close()
+                try:
+                    if self.plan.group is not None:
+                        self._leave()
+                finally:
+                    consumer.close()
             except Exception as error:
                 log.debug("closing the reader: %r", error)
             tell(_answer, self._ended, None, None)
@@ -677,6 +702,10 @@ class ConfluentReader:
         ]
 
     def _on_assign(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+        if self._last is not None:
+            assign = consumer.incremental_assign if self.incremental else consumer.assign
+            assign(partitions)
+            return
         self._refresh()
         starts = self._starts([TopicPartition(p.topic, p.partition) for p in partitions])
         self._await(self.owner.gained(starts))
@@ -694,11 +723,35 @@ class ConfluentReader:
         self._losing([Place(p.topic, p.partition) for p in partitions], gone=True)
 
     def _losing(self, places: list[Place], *, gone: bool) -> list[Commit]:
+        if self._last is not None:
+            return [c for c in self._last if Place(c.topic, c.partition) in places]
         self._halted.difference_update(places)
         commits = self._await(self.owner.losing(places, gone=gone))
+        self._obey()  # an older commit that came after the last one would undo it
         if commits is None:  # the loop is stuck, and the group does not wait
             self.owner.fence(places)
         return commits or []
+
+    def _leave(self) -> None:
+        """Let go of everything; where the group is being shared out anew, with patience.
+
+        A commit that is refused would make this look like a crash to the next owner.
+        """
+        consumer, end = self._consumer, time.monotonic() + LEAVE
+        places = [Place(p.topic, p.partition) for p in consumer.assignment()]
+        self._last = self._losing(places, gone=False)
+        while self._last:
+            try:
+                consumer.commit(offsets=_offsets(self._last), asynchronous=False)
+                self._last = []
+            except KafkaException as error:
+                if error.args[0].code() not in _SHARING or time.monotonic() > end:
+                    log.warning("the last commit was refused: %s", error)
+                    self._last = []
+                    return
+                consumer.poll(TURN)  # until the group has shared out; what it takes is committed
+                mine = {(p.topic, p.partition) for p in consumer.assignment()}
+                self._last = [c for c in self._last if c[:2] in mine]
 
     def _commit_last(self, commits: list[Commit]) -> None:
         if commits:

@@ -329,6 +329,8 @@ class Flow:
             return True
         if raw.offset in part.begun:
             return True
+        if part.fenced:
+            return False  # its next owner's notes are not ours to write
         part.begun.add(raw.offset)
         try:
             await self.reader.commit([part.commit()])
