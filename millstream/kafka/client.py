@@ -210,6 +210,10 @@ class Client(Protocol):
         """The partitions of topics; all topics if none is named. Unknown ones are left out."""
         ...
 
+    async def ids(self, topics: Sequence[str]) -> dict[str, str]:
+        """What tells a topic from an earlier one of its name. Unknown ones are left out."""
+        ...
+
     async def ends(self, places: Sequence[Place]) -> dict[Place, int]:
         """The offsets behind the last messages."""
         ...

@@ -359,13 +359,19 @@ class ConfluentClient:
                 for name, topic in found.topics.items()
                 if topic.error is None
             }
+        found = await self._described(topics)
+        return {name: sorted(p.id for p in topic.partitions) for name, topic in found.items()}
+
+    async def ids(self, topics: Sequence[str]) -> dict[str, str]:
+        return {name: str(t.topic_id) for name, t in (await self._described(topics)).items()}
+
+    async def _described(self, topics: Sequence[str]) -> dict[str, Any]:
         # Not `list_topics`: asked for a topic that is not there, it would have it made.
         futures = self._admin.describe_topics(TopicCollection(list(topics)), request_timeout=ASK)
-        known: dict[str, list[int]] = {}
+        known: dict[str, Any] = {}
         for name, future in futures.items():
             try:
-                described = await asyncio.wrap_future(future)
-                known[name] = sorted(p.id for p in described.partitions)
+                known[name] = await asyncio.wrap_future(future)
             except KafkaException as error:
                 if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise broken(error) from error

@@ -79,6 +79,8 @@ class Flow:
         self._spawn(self._pump())
         if self.settles:
             self._spawn(self._commit_now_and_then())
+        if self.spec.group_protocol == "consumer":
+            self._spawn(self._watch([t for t in self.plan.topics if not t.startswith("^")]))
         await self.reader.start()
         # A member of a group that has to wait for the others is no reason not to start.
         with contextlib.suppress(TimeoutError):
@@ -222,6 +224,36 @@ class Flow:
         made = await self.driver.ensure([self.spec])
         if made:
             log.warning("%s was gone and is made again", ", ".join(made))
+
+    async def _watch(self, topics: list[str]) -> None:
+        """Look whether topics are deleted and made again.
+
+        With this protocol the library does not tell, and reads nothing of them any more.
+        """
+        known: dict[str, str] = {}
+        held: dict[Place, Partition] = {}  # of those that were there when we looked
+        while topics:
+            now = dict(self.parts)
+            try:
+                found = await self.driver.client.ids(topics)
+                if known.keys() - found.keys():
+                    await self._made_again()
+            except Broken as error:
+                log.debug("%s: not looked after: %s", self.spec.destination, error)
+                found = {}
+            other = {name for name in found if known.get(name, found[name]) != found[name]}
+            # The group may have noticed, and have given us the new ones.
+            old = [p for at, p in held.items() if at.topic in other and self.parts.get(at) is p]
+            if old:
+                for part in old:  # nothing is to be committed of what was there before
+                    part.fenced = True
+                    del self.parts[part.place]
+                self._lose(Broken(f"{', '.join(other)} was deleted and is another topic now"))
+                return
+            if not other:
+                held = now
+            known |= found
+            await asyncio.sleep(self.plan.refresh)
 
     # To the sink
 
