@@ -56,7 +56,8 @@ class Verdict:
         stall: the longest time in seconds without progress, outside the faults, while there
             was work.
         recovery: for each fault the seconds from its end to the first progress, and until what
-            was in flight at its begin had its effect, whichever is later.
+            was in flight at its begin had its effect, whichever is later; without what was
+            published anew since then.
         in_flight: for each fault the number of messages begun and not settled at its begin.
     """
 

@@ -27,6 +27,9 @@ class Quorum(Source):
     max_message = MAX_MESSAGE
     resends = True
     moves = "_publish_anew"
+    # The server delivers again whatever was not acknowledged when its connection ended. A worker
+    # goes on with what it has fetched until it sees that end, and can acknowledge none of it.
+    linger = 0.5
     nobody = RequestTimeout  # the queue keeps a request
     full = "refused the message"
     kind = QueueType.QUORUM
@@ -145,6 +148,7 @@ class Stream(Quorum):
     kind = QueueType.STREAM
     capabilities = RabbitSubscription(RabbitQueue("q", QueueType.STREAM)).capabilities
     confirms = False
+    linger = 0.0  # nothing is delivered again
     full = ""
 
     async def held(self, broker: Any, setup: Setup) -> int:
