@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pika.spec import Basic, BasicProperties
 
 from millstream import AckPolicy, Retry
 from millstream.errors import NotConnected, PublishTimeout
@@ -22,6 +23,7 @@ from millstream.rabbit import (
     RabbitQueue,
 )
 from millstream.rabbit.connection import abort
+from millstream.rabbit.message import Delivery
 from tests.helpers import eventually, unique
 from tests.rabbit.helpers import Foreign
 from tests.servers import missing
@@ -206,8 +208,6 @@ async def test_a_consumer_that_silently_died_is_noticed(
 
 
 def _cancel(tag: str) -> Any:
-    from pika.spec import Basic
-
     return Basic.Cancel(tag, nowait=True)
 
 
@@ -313,6 +313,34 @@ async def test_a_message_that_kills_its_worker_comes_to_an_end(
     counts = [await attempt() for _ in range(4)]
     assert counts == [1, 2, 3, 0]
     assert await Foreign(server.url).depth(f"{queue.name}.dlq") == 1
+
+
+async def test_only_the_note_of_another_process_tells_of_a_crash(
+    server: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def message() -> Any:
+        return Delivery(None, Basic.Deliver(), BasicProperties(message_id=unique()), b"", "q")
+
+    async with Service(server) as one, Service(server) as other:
+        [mine], [its] = one.broker.driver.flows, other.broker.driver.flows
+        first = message()
+        assert not await mine.begun(first)
+        assert not await mine.begun(first)  # it came again since a connection broke
+        assert await its.begun(first)
+
+        topology = one.broker.driver.topology
+        declare = topology._refusable
+
+        async def unanswered(*args: Any, **options: Any) -> None:
+            await declare(*args, **options)
+            raise NotConnected("the connection broke", state="disconnected")
+
+        second = message()
+        with monkeypatch.context() as patch:
+            patch.setattr(topology, "_refusable", unanswered)
+            assert not await mine.begun(second)
+        assert not await mine.begun(second)
+        assert await its.begun(second)
 
 
 async def test_a_stream_goes_on_where_it_was(server: RabbitServer) -> None:
