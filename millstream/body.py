@@ -51,7 +51,18 @@ def reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
     if site.spec is None or site.spec.batch is None:
         return single_reader(site, type_, default)
     read_one = single_reader(site, element(type_), MISSING)
-    return lambda message: [read_one(m) for m in message.messages]
+    parts = reading_parts(site, element(type_), MISSING)
+    if parts is None:
+        return lambda message: [read_one(m) for m in message.messages]
+    decode = parts[0]
+
+    def read(message: Any) -> Any:
+        try:
+            return [decode(body) for body in message.bodies()]
+        except Exception:  # which of them it is, and whether it may be empty
+            return [read_one(m) for m in message.messages]
+
+    return read
 
 
 def single_reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:

@@ -199,7 +199,7 @@ class Delivery:
 
         async def deliver(raw: Any) -> None:
             if batch:
-                message: Message[Any] = BatchMessage([envelope(r, link) for r in raw], link)
+                message: Message[Any] = BatchMessage(raw, envelope, link)
             else:
                 message = envelope(raw, link)
             me.in_flight += 1
@@ -208,7 +208,7 @@ class Delivery:
                 running.add(message)
             try:
                 if parse is not None:
-                    message = await parse(raw)
+                    message = await parse(message.raw)
                     set_current(message)
                 if first:
                     await message.settle(before)

@@ -181,7 +181,7 @@ class Failures:
                 await self.handle(message, why)
             else:
                 await self._done(message)
-        batch.messages[:], batch.raw[:] = left, [m.raw for m in left]
+        batch.messages[:] = left
         return bool(left)
 
     async def _done(self, message: Message[Any]) -> None:
@@ -203,7 +203,7 @@ class Failures:
         """
         if isinstance(message, BatchMessage):
             mine = [m for m in message.messages if not await self._skipped(m)]
-            message.messages[:], message.raw[:] = mine, [m.raw for m in mine]
+            message.messages[:] = mine
             return not mine
         return await self._skipped(message) or (self.counts and await self._crashed(message))
 

@@ -41,8 +41,7 @@ class Lanes:
     Any free worker takes the next item. With ``key`` an item waits while another one of its key
     runs or waits before it: order is kept per key, and a slow key takes one worker at most.
     ``limit`` items wait at most, with a key for each worker; beyond that ``submit`` does not
-    return, which is what stops the driver. With ``batch`` a worker collects a list before it
-    delivers.
+    return, which is what stops the driver.
     """
 
     def __init__(
@@ -53,14 +52,12 @@ class Lanes:
         limit: int,
         clock: Clock,
         key: Callable[[Any], Hashable] | None = None,
-        batch: Batch | None = None,
         name: str = "",
     ) -> None:
         self._deliver = deliver
         self._limit = limit if key is None else limit * workers
         self._clock = clock
         self._key = key
-        self._batch = batch
         self._lane = _Lane()
         #: Each key that runs or is about to, and what waits behind it.
         self._chains: dict[Hashable, deque[Any] | None] = {}
@@ -73,6 +70,10 @@ class Lanes:
         self._closed = False
         #: Items that wait for room.
         self._outside: list[Any] = []
+
+    @property
+    def _full(self) -> bool:
+        return len(self._lane.items) + self._chained >= self._limit
 
     async def submit(self, item: Any) -> None:
         """Queue an item; returns when there was room for it."""
@@ -98,7 +99,7 @@ class Lanes:
     async def _room(self, lane: _Lane, item: Any) -> None:
         self._outside.append(item)
         try:
-            while len(lane.items) + self._chained >= self._limit:
+            while self._full:
                 future = asyncio.get_running_loop().create_future()
                 lane.room.append(future)
                 await future
@@ -126,16 +127,11 @@ class Lanes:
                     del chains[key]
 
     async def _work(self, lane: _Lane) -> None:
-        deliver, batch = self._deliver, self._batch
+        deliver = self._deliver
         while not self._closed:  # a handler may have swallowed the cancellation
             while not lane.items:
                 await self._wait(lane)
-            if batch is None:
-                item = lane.items.popleft()
-            else:
-                item = await self._collect(lane, batch)
-                if not item:
-                    continue
+            item = lane.items.popleft()
             if lane.room:
                 _release(lane.room)
             self.busy += 1
@@ -153,22 +149,6 @@ class Lanes:
             if future.done() and not future.cancelled():
                 _release(lane.wake)  # the wake-up was ours: pass it on
             raise
-
-    async def _collect(self, lane: _Lane, batch: Batch) -> list[Any]:
-        """Take up to ``size`` items; wait at most ``wait`` seconds after the first."""
-        if len(lane.items) < batch.size:
-            full = asyncio.get_running_loop().create_future()
-            timer = self._clock.call_later(batch.wait, _set, full)
-            try:
-                while len(lane.items) < batch.size and not full.done():
-                    _release(lane.room)
-                    wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                    lane.wake.append(wake)
-                    await asyncio.wait((wake, full), return_when=asyncio.FIRST_COMPLETED)
-                    wake.cancel()
-            finally:
-                timer.cancel()
-        return [lane.items.popleft() for _ in range(min(batch.size, len(lane.items)))]
 
     def take_back(self) -> list[Any]:
         """Remove and return everything that waits."""
@@ -211,3 +191,86 @@ class Lanes:
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks, timeout=CANCELLED)
+
+
+class Batches(Lanes):
+    """The same for handlers of lists: a worker collects one before it delivers it.
+
+    An item may be a bundle of messages; it is split where a list would become too long. What
+    waits is counted in messages.
+    """
+
+    def __init__(
+        self, deliver: Sink, workers: int, batch: Batch, *, clock: Clock, name: str = ""
+    ) -> None:
+        self._batch = batch
+        self._count = 0
+        super().__init__(deliver, workers, limit=max(2 * batch.size, 2), clock=clock, name=name)
+
+    @property
+    def _full(self) -> bool:
+        return self._count >= self._limit
+
+    async def submit(self, item: Any) -> None:
+        lane = self._lane
+        if self._count >= self._limit:
+            await self._room(lane, item)
+        lane.items.append(item)
+        self._count += _count(item)
+        if lane.wake:
+            _release(lane.wake)
+
+    async def _work(self, lane: _Lane) -> None:
+        deliver = self._deliver
+        while not self._closed:
+            while not lane.items:
+                await self._wait(lane)
+            items = await self._collect(lane)
+            if not items:
+                continue
+            if lane.room:
+                _release(lane.room)
+            self.busy += 1
+            try:
+                await deliver(items)
+            finally:
+                self.busy -= 1
+
+    async def _collect(self, lane: _Lane) -> list[Any]:
+        """Take up to ``size`` messages; wait at most ``wait`` seconds after the first."""
+        size = self._batch.size
+        if self._count < size:
+            full = asyncio.get_running_loop().create_future()
+            timer = self._clock.call_later(self._batch.wait, _set, full)
+            try:
+                while self._count < size and not full.done():
+                    _release(lane.room)
+                    wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                    lane.wake.append(wake)
+                    await asyncio.wait((wake, full), return_when=asyncio.FIRST_COMPLETED)
+                    wake.cancel()
+            finally:
+                timer.cancel()
+        items, found, room = lane.items, list[Any](), size
+        while items and room:
+            item = items.popleft()
+            count = _count(item)
+            if count > room:
+                items.appendleft(item.split(room))
+                count = room
+            found.append(item)
+            room -= count
+        self._count -= size - room
+        return found
+
+    def take_back(self) -> list[Any]:
+        self._count = 0
+        return super().take_back()
+
+    @property
+    def waiting(self) -> int:
+        return self._count + sum(map(_count, self._outside))
+
+
+def _count(item: Any) -> int:
+    return len(item) if hasattr(item, "apart") else 1

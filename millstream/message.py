@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from .ack import Settlement
 from .errors import MillstreamError
@@ -251,18 +251,81 @@ class Message(Generic[RawT]):
 _marked = operator.attrgetter("marked")
 
 
+class Bundle(Protocol):
+    """Raw messages that follow each other, of which a driver keeps account as of one.
+
+    A batch of them is decoded and acknowledged without a look at each. As soon as somebody wants
+    to see a message, the bundle is taken apart for good.
+    """
+
+    def __len__(self) -> int: ...
+
+    def bodies(self) -> list[bytes]:
+        """What each of the messages says."""
+        ...
+
+    def apart(self) -> list[Any]:
+        """The raw messages; the driver keeps account of each from now on."""
+        ...
+
+    def split(self, count: int) -> Bundle:
+        """Keep the first ``count`` messages and return the others."""
+        ...
+
+
+def apart(raws: Sequence[Any]) -> list[Any]:
+    """Raw messages, with every bundle among them taken apart."""
+    return [one for raw in raws for one in (raw.apart() if hasattr(raw, "apart") else (raw,))]
+
+
 class BatchMessage(Message[list[Any]]):
-    """Several messages that one call handles; ``messages`` are the single ones."""
+    """Several messages that one call handles; ``messages`` are the single ones.
 
-    __slots__ = ("messages",)
+    Args:
+        raws: the raw messages, or bundles of them.
+        envelope: the class of the single messages.
+        link: what they are connected with.
+    """
 
-    def __init__(self, messages: list[Message[Any]], link: Link) -> None:
-        super().__init__([m.raw for m in messages], link)
-        self.messages = messages
+    __slots__ = ("_bundles", "_envelope", "_messages")
+
+    def __init__(self, raws: list[Any], envelope: type[Message[Any]], link: Link) -> None:
+        super().__init__(raws, link)
+        self._envelope = envelope
+        self._bundles: list[Bundle] | None = None
+        if all(hasattr(raw, "apart") for raw in raws):
+            self._bundles = raws
+        else:
+            self._messages = [envelope(raw, link) for raw in apart(raws)]
+
+    @property
+    def messages(self) -> list[Message[Any]]:
+        """The single messages."""
+        if self._bundles is not None:
+            raws, self._bundles = apart(self._bundles), None
+            self._messages = [self._envelope(raw, self.link) for raw in raws]
+            for message in self._messages:
+                message.settled = self.settled
+        return self._messages
+
+    @property
+    def raw(self) -> list[Any]:
+        """The single raw messages."""
+        return [m.raw for m in self.messages]
+
+    @raw.setter
+    def raw(self, raws: list[Any]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """They come from the messages."""
 
     @property
     def body(self) -> Any:
-        return [m.body for m in self.messages]
+        return self.bodies()
+
+    def bodies(self) -> list[bytes]:
+        """What each message says, encoded."""
+        if self._bundles is None:
+            return [m.body for m in self._messages]
+        return [body for bundle in self._bundles for body in bundle.bodies()]
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -277,7 +340,7 @@ class BatchMessage(Message[list[Any]]):
     def destination(self) -> str:
         return self.messages[0].destination
 
-    marked = property(lambda self: any(map(_marked, self.messages)))
+    marked = property(lambda self: self._bundles is None and any(map(_marked, self._messages)))
 
     @property
     def delivery_count(self) -> int:
@@ -305,11 +368,16 @@ class BatchMessage(Message[list[Any]]):
         """Settle every message that is not settled yet."""
         if self.settled is not None:
             return self.settled is how
+        bundles = self._bundles if how is Settlement.ACK and not options else None
+        messages = self.messages if bundles is None else ()
         self.settled = how
         failed: Exception | None = None
         intake = self.link.intake
         try:
-            for message in self.messages:
+            for bundle in bundles or ():
+                if intake is not None:  # a driver knows what is done if this is tried again
+                    await intake.settle(bundle, how, delay)
+            for message in messages:
                 if message.settled is not None:
                     continue
                 message.settled = how  # as its own `settle` does; batches are to be cheap

@@ -18,9 +18,9 @@ from .driver import Capability, Intake, Sink, SubscriptionSpec
 from .endpoints import Scope
 from .errors import Fenced, SetupError
 from .failure import Failures
-from .lanes import Lanes
+from .lanes import Batches, Lanes
 from .log import log_error, log_line
-from .message import Link, Message
+from .message import Link, Message, apart
 from .plan import Plan
 from .retry import Exponential
 from .subscriber import Subscriber
@@ -175,16 +175,13 @@ class Subscription:
         spec = self.spec
         self.state = SubscriptionState.STARTING
         sink: Sink = self.deliver
-        if spec.lanes > 1 or spec.batch is not None or spec.ordered_by is not None:
-            size = spec.batch.size if spec.batch is not None else 1
+        clock, name = self.broker.clock, self.name
+        if spec.batch is not None:
+            self._lanes = Batches(self._deliver_now, spec.lanes, spec.batch, clock=clock, name=name)
+            sink = self._lanes.submit
+        elif spec.lanes > 1 or spec.ordered_by is not None:
             self._lanes = Lanes(
-                self._deliver_now,
-                spec.lanes,
-                limit=max(2 * size, 2),
-                clock=self.broker.clock,
-                key=self._key(),
-                batch=spec.batch,
-                name=self.name,
+                self._deliver_now, spec.lanes, limit=2, clock=clock, key=self._key(), name=name
             )
             sink = self._lanes.submit
         elif self._replaceable:
@@ -375,7 +372,7 @@ class Subscription:
         lanes = self._lanes
         if lanes is not None and Capability.NACK in self.spec.capabilities:
             while lanes.waiting:
-                for raw in reversed(lanes.take_back()):  # each may go before those that are there
+                for raw in reversed(apart(lanes.take_back())):  # each goes before those there
                     try:
                         await self.link.intake.settle(  # type: ignore[union-attr]
                             raw, Settlement.NACK, 0.0, unbegun=True

@@ -179,6 +179,13 @@ class Client(Protocol):
         """Messages of the library as ours: those that belong to a partition, which admits them."""
         ...
 
+    @classmethod
+    def bundles(
+        cls, messages: list[Any], parts: Mapping[Any, Partition], size: int
+    ) -> list[Record]:
+        """The same, in bundles of up to ``size`` where there is nothing to know of each."""
+        ...
+
     async def connect(self) -> None: ...
     async def close(self) -> None: ...
     async def ping(self, timeout: float) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
+import operator
 import threading
 import time
 from collections import deque
@@ -32,7 +34,7 @@ from confluent_kafka import admin as _administration
 from .. import killpoints
 from ..letters import REPLAY_TO
 from .client import Broken, Owner, Pairs, Plan, Refused, Start
-from .message import Record, RecordMetadata
+from .message import Bundle, Record, RecordMetadata
 from .offsets import Commit, Partition, Place
 from .options import Topic
 
@@ -82,6 +84,14 @@ def broken(error: BaseException) -> Broken:
     return Broken(str(error))
 
 
+_topic, _number = operator.methodcaller("topic"), operator.methodcaller("partition")
+
+
+def _ours(pairs: Any) -> bool:
+    """Whether headers say something of how a message is to be handled."""
+    return any(key.startswith("ms-") for key, _ in pairs or ())
+
+
 def _mark(record: Record) -> None:
     if any(key == REPLAY_TO for key, _ in record.pairs or ()):
         record.marked = record.unusual = True
@@ -121,6 +131,33 @@ class ConfluentClient:
             elif not part.admit(made):
                 continue
             found.append(made)
+        return found
+
+    @classmethod
+    def bundles(
+        cls, messages: list[Any], parts: Mapping[Any, Partition], size: int
+    ) -> list[Record]:
+        found: list[Record] = []
+        for topic, same in itertools.groupby(messages, _topic):
+            for number, run in itertools.groupby(same, _number):
+                part, many = parts.get((topic, number)), list(run)
+                if part is None:
+                    continue
+                headers = [message.headers() for message in many]
+                if (
+                    not part.plain
+                    or many[0].offset() < part.next
+                    or (any(headers) and any(_ours(pairs) for pairs in headers))
+                ):
+                    found += cls.records(many, parts)
+                    continue
+                part.next = many[-1].offset() + 1
+                for start in range(0, len(many), size):
+                    some = many[start : start + size]
+                    last: int = some[-1].offset()
+                    made = Bundle(part, topic, number, last, None, None, None, some)
+                    part.open.append(made)
+                    found.append(made)
         return found
 
     def __init__(

@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..ack import Settlement
-from ..driver import CANCELLED, Capability, Sink
+from ..driver import CANCELLED, Batch, Capability, Sink
 from ..errors import SetupError
 from .client import Broken, Plan, Reader, Start
 from .message import Record
@@ -41,6 +41,8 @@ class Flow:
     """One subscription: what was read waits here, and is given to the sink one after another."""
 
     partition: ClassVar[type[Partition]] = Partition
+    #: Whether messages for batches may be kept account of in bundles.
+    bundles: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -58,6 +60,10 @@ class Flow:
         self.halted = False
         #: Messages of a partition that are not done before no more of it is read.
         self.window = spec.window
+        #: How many messages a bundle has at most; 0 for no bundles.
+        self.bundle = 0
+        if isinstance(spec.batch, Batch) and self.settles and self.bundles:
+            self.bundle = spec.batch.size
         self.reader: Reader = driver.client.reader(plan, self)
         self._full = False
         self._given: Record | None = None
@@ -105,17 +111,25 @@ class Flow:
     def arrived(self, messages: list[Any]) -> None:
         if self.halted:
             return
-        self.buffer.extend(self.driver.client.records(messages, self.parts))
+        client = self.driver.client
+        if self.bundle:
+            self.buffer.extend(client.bundles(messages, self.parts, self.bundle))
+        else:
+            self.buffer.extend(client.records(messages, self.parts))
         for part in self.parts.values():
             if not self.settles:
                 part.open.clear()
-            elif len(part.open) >= self.window and not part.paused:
+            elif not part.paused and self._held(part.open) >= self.window:
                 part.paused = True
                 self.reader.halt(part.place, True)
-        if len(self.buffer) > FULL and not self._full:
+        if not self._full and self._held(self.buffer) > FULL:
             self._full = True
             self.reader.hold(True)
         self._wake_up()
+
+    def _held(self, records: Collection[Record]) -> int:
+        """How many messages those are."""
+        return sum(record.size for record in records) if self.bundle else len(records)
 
     def _wake_up(self) -> None:
         if self._wake is not None and not self._wake.done():
@@ -285,7 +299,7 @@ class Flow:
                 await asyncio.sleep(0)
 
     def _look_for_room(self) -> None:
-        if self._full and len(self.buffer) < ROOM:
+        if self._full and self._held(self.buffer) < ROOM:
             self._full = False
             self.reader.hold(False)
 
@@ -328,7 +342,7 @@ class Flow:
         part.running -= 1
         part.finish(raw)
         self._dirty = True
-        if part.paused and len(part.open) < self.window // 2:
+        if part.paused and self._held(part.open) < self.window // 2:
             part.paused = False
             if not part.fenced:
                 self.reader.halt(part.place, False)
@@ -442,7 +456,7 @@ class Flow:
     async def pause(self) -> int:
         self.halted = True
         self.reader.hold(True)
-        waiting = len(self.buffer) + len(self._later) if self.settles else 0
+        waiting = self._held(self.buffer) + len(self._later) if self.settles else 0
         self.buffer.clear()
         for _, timer in self._later.values():
             timer.cancel()

@@ -57,6 +57,63 @@ class Record(msgspec.Struct, gc=False, eq=False):
     due: float = 0.0
     unit: Any = None
 
+    @property
+    def offsets(self) -> Sequence[int]:
+        """The offsets of the messages in it."""
+        return (self.offset,)
+
+    @property
+    def size(self) -> int:
+        """How many messages it is."""
+        return 1
+
+
+class Bundle(Record, gc=False, eq=False):
+    """Messages of a partition that follow each other: a :class:`millstream.message.Bundle`.
+
+    ``offset`` is that of the last one, and ``origin`` all of the client library's objects.
+    """
+
+    singles: list[Record] | None = None
+
+    @property
+    def offsets(self) -> Sequence[int]:
+        return [message.offset() for message in self.origin]
+
+    @property
+    def size(self) -> int:
+        return len(self.origin)
+
+    def __len__(self) -> int:
+        return len(self.origin)
+
+    def bodies(self) -> list[bytes]:
+        return [message.value() or b"" for message in self.origin]
+
+    def apart(self) -> list[Record]:
+        if self.singles is None:
+            part, topic, number = self.part, self.topic, self.partition
+            self.singles = [
+                Record(part, topic, number, m.offset(), m.value(), m.key(), m.headers(), m)
+                for m in self.origin
+            ]
+            for single in self.singles:
+                single.given, single.done = self.given, self.done
+            if part is not None:
+                part.replace(self, self.singles)
+        return self.singles
+
+    def split(self, count: int) -> Bundle:
+        rest = Bundle(
+            self.part, self.topic, self.partition, self.offset, None, None, None,
+            self.origin[count:], given=self.given,
+        )  # fmt: skip
+        self.origin = self.origin[:count]
+        self.offset = self.origin[-1].offset()
+        if self.part is not None:
+            self.part.replace(self, [self, rest])
+        return rest
+
 
 def decoded(pairs: Sequence[tuple[str, bytes | None]] | None) -> Mapping[str, str]:
     """Headers as texts; of several with one name, the last."""

@@ -10,6 +10,7 @@ whether the owner let go of the partition in order or vanished.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import msgspec
@@ -165,6 +166,19 @@ class Partition:
             if self.crashes and self.committable >= self.suspects:
                 self.crashes = 0
 
+    def replace(self, bundle: Record, others: Sequence[Record]) -> None:
+        """Keep account of a bundle's messages as of others, if it is not done."""
+        if bundle.done:
+            return
+        waiting = self.open
+        index = waiting.index(bundle)
+        waiting.rotate(-index)
+        waiting.popleft()
+        waiting.extendleft(reversed(others))
+        waiting.rotate(index)
+        if bundle.given:
+            self.running += len(others) - 1
+
     def commit(self, *, leaving: bool = False, base: int | None = None) -> Commit:
         """What the group is to be told now; ``leaving`` lets go of the partition in order.
 
@@ -184,17 +198,18 @@ class Partition:
                 continue
             if record.done:
                 if first < 0:
-                    first = record.offset
+                    first = record.offsets[0]
                 continue
             if first >= 0:
-                note.d.append((first - base, record.offset - base))
+                note.d.append((first - base, record.offsets[0] - base))
                 first = -1
             attempt = max(record.count, record.tries)
             if leaving:
                 attempt += record.given
             else:
                 attempt -= self._vanished(record)
-            note.t[record.offset - base] = attempt
+            if attempt > 1:
+                note.t |= {offset - base: attempt for offset in record.offsets}
         if first >= 0:
             last = max(r.offset for r in self.open if r.offset < noted)
             note.d.append((first - base, last + 1 - base))

@@ -238,6 +238,7 @@ class TransactionalFlow(Flow):
     """A subscription whose messages are handled exactly once, as far as Kafka can see."""
 
     partition = TransactionalPartition
+    bundles = False
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from millstream import Batch, VirtualClock
-from millstream.lanes import Lanes
+from millstream.lanes import Batches, Lanes
 
 
 class Work:
@@ -89,7 +89,7 @@ async def test_a_batch_is_full_or_its_time_is_over(clock: VirtualClock) -> None:
     async def deliver(items: list[int]) -> None:
         got.append(items)
 
-    lanes = Lanes(deliver, 1, limit=10, clock=clock, batch=Batch(3, wait=5))
+    lanes = Batches(deliver, 1, Batch(3, wait=5), clock=clock)
     for item in range(4):
         await lanes.submit(item)
     await settle()
