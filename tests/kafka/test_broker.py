@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from confluent_kafka import Consumer, Producer
 
-from millstream import Batch, Response, Retry
+from millstream import Batch, BatchFailed, Response, Retry
 from millstream.errors import MessageTooLarge, SetupError, SetupErrors, StateError
 from millstream.kafka import (
     KafkaBroker,
@@ -295,6 +295,53 @@ async def _send(broker: KafkaBroker, topic: str, count: int) -> None:
     for i in range(count):
         await broker.publish(i, topic, key=str(i))
         await asyncio.sleep(0.002)
+
+
+async def test_batches_that_fail_in_part_while_members_come_and_go(kafka: Any) -> None:
+    topic = unique()
+    options: dict[str, Any] = {"heartbeat_interval_ms": 100, "session_timeout_ms": 3000}
+    retry = Retry(3, delay=0.01)
+    done: Counter[int] = Counter()
+    failed: set[int] = set()
+
+    def member() -> KafkaBroker:
+        broker = make(kafka)
+
+        @broker.subscriber(
+            Topic(topic, 4),
+            group_id=topic,
+            concurrency=2,
+            batch=Batch(50, 0.05),
+            retry=retry,
+            **options,
+        )
+        async def handler(bodies: list[int]) -> None:
+            await asyncio.sleep(0.005)
+            bad = {
+                i: ValueError(n) for i, n in enumerate(bodies) if n % 20 == 0 and n not in failed
+            }
+            failed.update(bodies[i] for i in bad)
+            done.update(n for i, n in enumerate(bodies) if i not in bad)
+            if bad:
+                raise BatchFailed(bad)
+
+        return broker
+
+    # A foreign client's messages: nothing about them is known beforehand.
+    producer: Any = Producer({"bootstrap.servers": kafka.url, "linger.ms": 5})
+    first = member()
+    await first.start()
+    for turn in range(3):
+        second = member()
+        await second.start()
+        for n in range(turn * 2000, turn * 2000 + 2000):
+            producer.produce(topic, str(n), key=str(n))
+        await asyncio.to_thread(producer.flush)
+        await second.stop()
+    await eventually(lambda: len(done) == 6000, 20)
+    await first.stop()
+    assert set(done.values()) == {1}
+    assert await committed(first, topic, topic) == 6000
 
 
 async def test_work_that_outlasts_its_partition_is_fenced(kafka: Any) -> None:
