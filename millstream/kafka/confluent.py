@@ -309,7 +309,7 @@ class ConfluentClient:
         producer = self._producer
         while self._open:
             try:
-                producer.poll(0.2)
+                producer.poll(TURN / 2)  # an end waits for it
             except KafkaException as error:  # fatal: what is published from now on says so
                 log.debug("the producer: %s", error)
                 self._fatal = broken(error)

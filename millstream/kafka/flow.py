@@ -69,6 +69,7 @@ class Flow:
         self._given: Record | None = None
         self._wake: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._pumping: asyncio.Task[Any] | None = None
         #: Records that come again later, each with its timer.
         self._later: dict[int, tuple[Record, asyncio.TimerHandle]] = {}
         self._freed = asyncio.Event()
@@ -82,7 +83,7 @@ class Flow:
 
     async def start(self) -> None:
         """Begin to read; a member of a group may have to wait for its partitions."""
-        self._spawn(self._pump())
+        self._pumping = self._spawn(self._pump())
         if self.settles:
             self._spawn(self._commit_now_and_then())
         if self.spec.group_protocol == "consumer":
@@ -466,12 +467,17 @@ class Flow:
     async def close(self) -> None:
         await self.pause()
         self.driver.flows.discard(self)
+        current = asyncio.current_task()
+        if self._pumping is not None and self._pumping is not current:
+            self._pumping.cancel()  # a handler that does not end is waited for meanwhile
+        begin = asyncio.get_running_loop().time()
         await self.reader.close()
-        tasks = [t for t in self._tasks if t is not asyncio.current_task()]
+        tasks = [t for t in self._tasks if t is not current]
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks, timeout=CANCELLED)
+            left = begin + CANCELLED - asyncio.get_running_loop().time()
+            await asyncio.wait(tasks, timeout=max(left, 0.05))
 
     async def lag(self) -> int | None:
         if not self.settles:
