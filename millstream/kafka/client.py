@@ -83,7 +83,7 @@ class Owner(Protocol):
     """Who uses a reader."""
 
     def arrived(self, messages: list[Any]) -> None:
-        """Messages of any partitions, in the order of each."""
+        """Messages of any partitions, in the order of each; no more come before ``hold``."""
 
     async def gained(self, starts: Sequence[Start]) -> None:
         """These partitions are ours from now on."""

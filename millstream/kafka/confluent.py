@@ -617,6 +617,7 @@ class ConfluentReader:
     def _live(self) -> None:
         problem: Broken | None = None
         consumer, tell, arrived = self._consumer, self.client._tell, self.owner.arrived
+        room = self._room
         poll, consume, most = consumer.poll, consumer.consume, self._most - 1
         looked = time.monotonic()
         by_hand = self.plan.group is None and not self.plan.partitions
@@ -624,7 +625,7 @@ class ConfluentReader:
             while not self._stopping:
                 if self._orders:
                     self._obey()
-                if not self._room.is_set() and not self._room.wait(STALL):
+                if not room.is_set() and not room.wait(STALL):
                     self._stall()
                     continue
                 first = poll(TURN)
@@ -640,6 +641,7 @@ class ConfluentReader:
                         if problem.fatal:
                             return
                     if batch:
+                        room.clear()  # until the owner has seen them
                         tell(arrived, batch)
                 elif by_hand and time.monotonic() > looked + self.plan.refresh:
                     looked = time.monotonic()

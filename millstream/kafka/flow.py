@@ -125,7 +125,7 @@ class Flow:
                 self.reader.halt(part.place, True)
         if not self._full and self._held(self.buffer) > FULL:
             self._full = True
-            self.reader.hold(True)
+        self.reader.hold(self._full)
         self._wake_up()
 
     def _held(self, records: Collection[Record]) -> int:
