@@ -18,6 +18,7 @@ import nats as nats_py
 import pytest
 from nats.js.errors import NotFoundError
 
+from millstream.killpoints import VARIABLE
 from millstream.rabbit import RabbitBroker
 from tests.helpers import eventually
 from tests.servers.nats import NatsServer
@@ -28,10 +29,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 @contextmanager
-def bridge(rabbit: str, nats: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The example under ``millstream run``."""
+def bridge(
+    rabbit: str, nats: str, folder: Path, **settings: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The example under ``millstream run``; ``settings`` are more environment variables."""
     command = [sys.executable, "-m", "millstream", "run", "examples.bridge.main:app"]
-    environment = {"RABBIT_URL": rabbit, "NATS_URL": nats, "PYTHONPATH": str(ROOT)}
+    environment = {"RABBIT_URL": rabbit, "NATS_URL": nats, "PYTHONPATH": str(ROOT), **settings}
     with (folder / "bridge.log").open("ab") as log:
         process = subprocess.Popen(
             command, cwd=folder, env={**os.environ, **environment}, stdout=log, stderr=log
@@ -134,18 +137,16 @@ async def test_a_bridge_that_dies_under_load_lets_every_order_through_once(
     rabbit_server: RabbitServer, nats_server: NatsServer, tmp_path: Path
 ) -> None:
     async with RabbitBroker(rabbit_server.url) as sender:
-        with bridge(rabbit_server.url, nats_server.url, tmp_path):
+        # It dies when NATS has an order of which RabbitMQ does not know that it is through.
+        killed = {VARIABLE: "after_publish:500"}
+        with bridge(rabbit_server.url, nats_server.url, tmp_path, **killed) as process:
 
             async def declared() -> bool:
                 return "orders" in await asyncio.to_thread(queues, rabbit_server)
 
             await eventually(declared, 30, every=0.2)
-            sending = asyncio.create_task(
-                sender.publish_batch(*map(order, range(2000)), queue="orders")
-            )
-            await eventually(lambda: accepted(nats_server.url), 20)
-        # It was killed here, in the middle of its work.
-        await sending
+            await sender.publish_batch(*map(order, range(2000)), queue="orders")
+            assert await asyncio.to_thread(process.wait, 30) == -signal.SIGKILL
         left = 2000 - len(await accepted(nats_server.url))
         assert left > 0
         with bridge(rabbit_server.url, nats_server.url, tmp_path):
