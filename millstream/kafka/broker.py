@@ -239,9 +239,7 @@ class KafkaBroker(KafkaEndpoints, Broker):
         settings, sending = confluent(given), producing(given, timeout)
 
         def make(down: Callable[[str], None]) -> Client:
-            from .confluent import ConfluentClient
-
-            return ConfluentClient(settings, sending, {}, down, limit)
+            return Client(settings, sending, down, limit)
 
         name, limit = given.get("transactional_id"), given.get("transaction_timeout_ms", 10_000)
         if name is not None and (not name or limit < 1000):

@@ -1,28 +1,57 @@
-"""What the engine asks of a client library: the same of confluent-kafka and of aiokafka."""
+"""The client library, confluent-kafka, for asyncio: its blocking calls in threads.
+
+One thread hands over delivery reports, and one reads for each subscription (reader.py); whole
+batches cross, so that no message pays for a hop between threads of its own.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+import contextlib
+import functools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import msgspec
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Producer,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka import admin as _administration
 
 from .message import Record, RecordMetadata
-from .offsets import Commit, Partition, Place
-from .options import KafkaSubscription, Topic
+from .offsets import Commit, Partition, Place, records
+from .options import Topic
+
+_admin: Any = _administration
+AdminClient, NewTopic, OffsetSpec = _admin.AdminClient, _admin.NewTopic, _admin.OffsetSpec
+log = logging.getLogger("millstream.kafka")
 
 Pairs = list[tuple[str, bytes]]
-
-
-class Start(NamedTuple):
-    """Where a partition begins that just came: the offset, and the note of its last commit."""
-
-    topic: str
-    partition: int
-    offset: int
-    note: str | None
+#: Messages that are taken from the library at once.
+MOST = 2000
+#: Seconds for one question to the cluster.
+ASK = 5.0
+#: Seconds between two looks whether we were refused.
+GREET = 0.5
+#: Seconds between two looks for delivery reports; an end waits for it.
+REPORTS = 0.05
+#: What a broker says of a partition while its leader is chosen.
+_MOVING = {
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.FENCED_LEADER_EPOCH,
+    KafkaError.UNKNOWN_LEADER_EPOCH,
+}
 
 
 class Broken(Exception):
@@ -39,157 +68,140 @@ class Broken(Exception):
         self.code, self.fatal = code, fatal
 
 
-class Refused(Broken):
-    """A transaction was aborted because the cluster does not take some of its messages.
+def broken(error: BaseException) -> Broken:
+    """What an error of the library is called here."""
+    inner = error.args[0] if isinstance(error, KafkaException) else error
+    if isinstance(inner, KafkaError):
+        return Broken(inner.str(), inner.name(), inner.fatal())
+    return Broken(str(error))
+
+
+def partitions(commits: Sequence[Commit]) -> list[TopicPartition]:
+    """Commits as the library takes them."""
+    return [TopicPartition(c.topic, c.partition, c.offset, metadata=c.note) for c in commits]
+
+
+class Client:
+    """A connection to a cluster: a producer and an administrator.
 
     Args:
-        text: why.
-        code: Kafka's name of the error.
-        which: their places among the messages.
+        settings: librdkafka's, of everything.
+        producing: of the producer besides.
+        down: called on the loop with a reason when no broker is reached any more.
+        transaction_timeout_ms: how long a transaction may be open.
     """
 
-    def __init__(self, text: str, code: str, which: Sequence[int]) -> None:
-        super().__init__(text, code)
-        self.which = which
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        producing: Mapping[str, Any],
+        down: Callable[[str], None],
+        transaction_timeout_ms: int = 10_000,
+    ) -> None:
+        self.transaction_timeout_ms = transaction_timeout_ms
+        self.settings, self.producing = settings, producing
+        self._down = down
+        self._pool: ThreadPoolExecutor | None = None
+        self.loop: asyncio.AbstractEventLoop
+        self._admin: Any = None
+        self._producer: Any = None
+        self._poller: threading.Thread | None = None
+        self._open = False
+        #: What ended a producer for good.
+        self._fatal: Broken | None = None
+        #: Why brokers refused to talk to us, in this attempt to connect.
+        self.refusals: list[str] = []
+        #: Delivery reports on their way to the loop.
+        self._reports: deque[tuple[asyncio.Future[RecordMetadata], Any, Any]] = deque()
 
+    # Connection
 
-class Plan(msgspec.Struct, frozen=True):
-    """How one reader reads.
+    async def connect(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.refusals.clear()
+        self._pool = ThreadPoolExecutor(8, "millstream-kafka")
+        try:
+            self._admin = AdminClient({**self.settings, "error_cb": self.on_error})
+            await self._greet()
+            self._produce()
+        except (KafkaException, Broken) as error:
+            await self.close()
+            reason = broken(error) if isinstance(error, KafkaException) else error
+            if self.refusals:
+                raise Broken(self.refusals[0], "_AUTHENTICATION") from error
+            raise reason from error
 
-    Fields:
-        spec: the subscription.
-        topics: names, or one regular expression that begins with ``^``.
-        group: the consumer group.
-        begin: ``earliest`` or ``latest``.
-        partitions: exactly these, with where to begin.
-        refresh: seconds between two looks for new topics and partitions.
-    """
+    def _produce(self) -> None:
+        self._producer = Producer({**self.settings, "error_cb": self.on_error, **self.producing})
+        self._open = True
+        self._poller = threading.Thread(target=self._report, name="kafka-reports", daemon=True)
+        self._poller.start()
 
-    spec: KafkaSubscription
-    topics: list[str]
-    group: str | None
-    begin: str
-    partitions: Sequence[tuple[Place, int]] = ()
-    refresh: float = 30.0
+    async def _end_producing(self) -> None:
+        self._open = False
+        poller, self._poller = self._poller, None
+        if poller is not None:
+            await asyncio.to_thread(poller.join, 2)
+            self._hand_over()
+        self._producer = None
 
-    def wants(self, name: str) -> bool:
-        """Whether a topic is among those that are read."""
-        if self.topics[0].startswith("^"):
-            return not name.startswith("__") and re.match(self.topics[0], name) is not None
-        return name in self.topics
+    async def _greet(self) -> None:
+        """Wait until a broker answers, or refuses us: only ``poll`` tells of that."""
+        end = time.monotonic() + ASK
+        while True:
+            try:
+                await self.ask(self._admin.list_topics, timeout=GREET)
+                return
+            except Broken:
+                await self.ask(self._admin.poll, 0)
+                if self.refusals or time.monotonic() > end:
+                    raise
 
-
-class Owner(Protocol):
-    """Who uses a reader."""
-
-    def arrived(self, messages: list[Any]) -> None:
-        """Messages of any partitions, in the order of each; no more come before ``hold``."""
-
-    async def gained(self, starts: Sequence[Start]) -> None:
-        """These partitions are ours from now on."""
-
-    async def losing(self, places: Sequence[Place], *, gone: bool) -> list[Commit]:
-        """These partitions go to somebody else; what to commit before they do.
-
-        ``gone`` says that they are gone already, and nothing can be committed.
-        """
-        ...
-
-    def failed(self, error: Broken) -> None:
-        """The reader reports an error; a fatal one is its end."""
-
-    def moved(self, start: Start) -> None:
-        """What arrives of a partition from now on begins there."""
-
-    def fence(self, places: Sequence[Place]) -> None:
-        """These partitions are gone while we were stuck; called in any thread."""
-
-
-class Reader(Protocol):
-    """Reads for one subscription, and tells its :class:`Owner`.
-
-    ``member`` is what the client library knows of our place in the group.
-    """
-
-    member: Any
-
-    async def start(self) -> None: ...
     async def close(self) -> None:
-        """Leave the group, after a last commit."""
+        await self._end_producing()
+        self._admin = None
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def hold(self, full: bool) -> None:
-        """Read nothing for now, but stay in the group; or go on."""
-
-    def halt(self, place: Place, stop: bool) -> None:
-        """The same for one partition."""
-
-    async def commit(self, commits: Sequence[Commit]) -> None:
-        """Returns when the group knows; :class:`Broken` if it does not take it."""
-
-    async def refresh(self) -> None:
-        """Bring ``member`` up to date."""
-
-    async def seek(self, place: Place, offset: int) -> None:
-        """Read a partition from there; the owner is told when it is so.
+    async def ask(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a blocking call of the library in a thread.
 
         Raises:
-            Broken: the partition is not read.
+            Broken: it failed.
         """
+        if self._pool is None:
+            raise Broken("closed", "_STATE")
+        call = functools.partial(function, *args, **kwargs)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+        except KafkaException as error:
+            raise broken(error) from error
+        except RuntimeError as error:  # closed meanwhile
+            raise Broken(str(error), "_STATE") from error
 
-    async def ends(self, places: Sequence[Place]) -> dict[Place, int]:
-        """The offsets behind the last messages."""
-        ...
-
-    async def begins(self, places: Sequence[Place]) -> dict[Place, int]:
-        """The offsets of the first messages."""
-        ...
-
-    async def times(self, places: Sequence[Place], ms: int) -> dict[Place, int]:
-        """The offsets of the first messages that are not older than that."""
-        ...
-
-
-class Transactor(Protocol):
-    """A transactional producer; one transaction after another."""
-
-    async def open(self) -> None:
-        """End what the last owner of its name left open, and fence it.
-
-        Raises:
-            Broken: the cluster does not let us.
-        """
-
-    async def run(self, sends: Sequence[Any], commits: Sequence[Commit], member: Any) -> None:
-        """Store messages and offsets at once.
-
-        Raises:
-            Refused: it was aborted, and will be again with the same messages.
-            Broken: it was aborted; or, fatal, it is not known and the producer is of no use any
-                more. ``_FENCED`` says that another process has its name.
-        """
-
-    async def close(self) -> None: ...
-
-
-class Client(Protocol):
-    """One client library, connected to one cluster."""
-
-    @staticmethod
-    def records(messages: list[Any], parts: Mapping[Any, Partition]) -> list[Record]:
-        """Messages of the library as ours: those that belong to a partition, which admits them."""
-        ...
-
-    @classmethod
-    def bundles(
-        cls, messages: list[Any], parts: Mapping[Any, Partition], size: int
-    ) -> list[Record]:
-        """The same, in bundles of up to ``size`` where there is nothing to know of each."""
-        ...
-
-    async def connect(self) -> None: ...
-    async def close(self) -> None: ...
     async def ping(self, timeout: float) -> None:
         """Raise :class:`Broken` unless a broker answers in time."""
+        if self._admin is None:
+            raise Broken("closed", "_STATE")
+        try:
+            await asyncio.wrap_future(self._admin.describe_cluster(request_timeout=timeout))
+        except KafkaException as error:
+            raise broken(error) from error
+
+    def on_error(self, error: KafkaError) -> None:
+        """Called by the library, in any of its threads."""
+        if error.code() in (KafkaError._AUTHENTICATION, KafkaError._SSL):
+            self.refusals.append(error.str())
+        if error.code() in (KafkaError._ALL_BROKERS_DOWN, KafkaError._AUTHENTICATION):
+            self.tell(self._down, error.str())
+        log.debug("%s", error)
+
+    def tell(self, function: Callable[..., Any], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self.loop.call_soon_threadsafe(function, *args)
+
+    # Publishing
 
     def send(
         self,
@@ -197,37 +209,207 @@ class Client(Protocol):
         value: bytes | None,
         key: bytes | None,
         pairs: Pairs,
-        partition: int | None,
-        timestamp_ms: int | None,
-    ) -> asyncio.Future[RecordMetadata]: ...
-    async def flush(self, timeout: float) -> None: ...
+        partition: int,
+        timestamp_ms: int,
+    ) -> asyncio.Future[RecordMetadata]:
+        """Give a message to the producer; the future is its delivery report.
+
+        ``partition`` is -1 for that of the key, ``timestamp_ms`` 0 for now.
+
+        Raises:
+            BufferError: there is no room at the moment.
+            Broken: it will never be taken.
+        """
+        future: asyncio.Future[RecordMetadata] = self.loop.create_future()
+        report = functools.partial(self._delivered, future)
+        try:
+            self._producer.produce(
+                topic,
+                value,
+                key,
+                partition,
+                on_delivery=report,
+                timestamp=timestamp_ms,
+                headers=pairs or None,
+            )
+        except KafkaException as error:
+            problem = self._because(broken(error))
+            if "TOO_LARGE" in problem.code:
+                most = self.producing.get("message.max.bytes")
+                problem = Broken(f"{problem} (max_request_size is {most} bytes)", problem.code)
+            raise problem from error
+        return future
+
+    def _delivered(self, future: asyncio.Future[RecordMetadata], error: Any, message: Any) -> None:
+        self._reports.append((future, error, message))
+
+    def _report(self) -> None:
+        """The thread that hands over delivery reports, all that are there at once."""
+        producer = self._producer
+        while self._open:
+            try:
+                producer.poll(REPORTS)
+            except KafkaException as error:  # fatal: what is published from now on says so
+                log.debug("the producer: %s", error)
+                self._fatal = broken(error)
+            if self._reports:
+                self.tell(self._hand_over)
+
+    def _hand_over(self) -> None:
+        reports = self._reports
+        while reports:
+            future, error, message = reports.popleft()
+            if future.done():
+                continue
+            if error is not None:
+                future.set_exception(self._because(broken(error)))
+            else:
+                future.set_result(
+                    RecordMetadata(
+                        message.topic(),
+                        message.partition(),
+                        message.offset(),
+                        message.timestamp()[1],
+                    )
+                )
+
+    def _because(self, problem: Broken) -> Broken:
+        """What ended the producer, where a message only tells that it has ended."""
+        ended = problem.code in ("_FATAL", "_PURGE_QUEUE", "_PURGE_INFLIGHT")
+        return self._fatal if ended and self._fatal is not None else problem
+
+    async def flush(self, timeout: float) -> None:
+        if self._producer is not None:
+            await self.ask(self._producer.flush, timeout)
+            self._hand_over()
+
     async def renew(self) -> None:
         """A new producer in place of one that failed for good."""
+        await self._end_producing()
+        self._produce()
 
-    def reader(self, plan: Plan, owner: Owner) -> Reader: ...
-    def transactor(self, name: str) -> Transactor:
-        """A producer with this transactional id."""
-        ...
+    # The cluster
 
     async def make(self, topics: Sequence[Topic]) -> list[str]:
         """Make topics that are not there; the names of those that were made."""
-        ...
+        known = await self.layout([t.name for t in topics])
+        new = [
+            NewTopic(
+                t.name,
+                t.num_partitions or -1,
+                t.replication_factor or -1,
+                config=dict(t.config or {}),
+            )
+            for t in topics
+            if t.name not in known
+        ]
+        if not new:
+            return []
+        made: list[str] = []
+        for name, future in self._admin.create_topics(new, request_timeout=ASK).items():
+            try:
+                await asyncio.wrap_future(future)
+                made.append(name)
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                    raise broken(error) from error
+        for _ in range(50 if made else 0):  # until the brokers know them too
+            if len(await self.layout(made)) == len(made):
+                break
+            await asyncio.sleep(0.02)
+        return made
 
     async def layout(self, topics: Sequence[str]) -> Mapping[str, list[int]]:
-        """The partitions of topics; all topics if none is named. Unknown ones are left out."""
-        ...
+        """The partitions of topics. Unknown ones are left out."""
+        found = await self._described(topics)
+        return {name: sorted(p.id for p in topic.partitions) for name, topic in found.items()}
 
     async def ids(self, topics: Sequence[str]) -> dict[str, str]:
         """What tells a topic from an earlier one of its name. Unknown ones are left out."""
-        ...
+        return {name: str(t.topic_id) for name, t in (await self._described(topics)).items()}
+
+    async def _described(self, topics: Sequence[str]) -> dict[str, Any]:
+        # Not `list_topics`: asked for a topic that is not there, it would have it made.
+        futures = self._admin.describe_topics(TopicCollection(list(topics)), request_timeout=ASK)
+        known: dict[str, Any] = {}
+        for name, future in futures.items():
+            try:
+                known[name] = await asyncio.wrap_future(future)
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                    raise broken(error) from error
+        return known
+
+    async def admin(self, method: str, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        """A call of the library's AdminClient: what each of its futures gave."""
+        futures = getattr(self._admin, method)(*args, request_timeout=ASK, **kwargs)
+        found: dict[Any, Any] = {}
+        for key, future in futures.items():
+            try:
+                found[key] = await asyncio.wrap_future(future)
+            except KafkaException as error:
+                raise broken(error) from error
+        return found
 
     async def ends(self, places: Sequence[Place]) -> dict[Place, int]:
-        """The offsets behind the last messages."""
-        ...
+        """The offsets behind the last messages of partitions."""
+        return await self._edges(places, OffsetSpec.latest())
+
+    async def begins(self, places: Sequence[Place]) -> dict[Place, int]:
+        """The offsets of the first messages."""
+        return await self._edges(places, OffsetSpec.earliest())
+
+    async def times(self, places: Sequence[Place], ms: int) -> dict[Place, int]:
+        """The offsets of the first messages that are not older than that; -1 if all are."""
+        return await self._edges(places, OffsetSpec.for_timestamp(ms))
+
+    async def _edges(self, places: Sequence[Place], edge: Any) -> dict[Place, int]:
+        return await self.ask(self.edges, places, edge)  # type: ignore[no-any-return]
+
+    def edges(self, places: Sequence[Place], edge: Any) -> dict[Place, int]:
+        """The offsets at one edge of partitions; for threads."""
+        if not places:
+            return {}
+        wanted = {TopicPartition(*p): edge for p in places}
+        end = time.monotonic() + ASK
+        while True:
+            found = self._admin.list_offsets(wanted, request_timeout=ASK)
+            try:
+                return {Place(p.topic, p.partition): f.result().offset for p, f in found.items()}
+            except KafkaException as error:
+                if error.args[0].code() not in _MOVING or time.monotonic() > end:
+                    raise
+                time.sleep(GREET / 5)
 
     async def cut(self, place: Place, before: int) -> None:
         """Delete the messages of a partition before an offset for good."""
+        await self.admin("delete_records", [TopicPartition(*place, before)])
 
-    def scan(self, topic: str, starts: Mapping[Place, int]) -> AsyncIterator[Record]:
+    async def scan(self, topic: str, starts: Mapping[Place, int]) -> AsyncIterator[Record]:
         """What a topic has now, partition by partition; nothing is consumed."""
-        ...
+        settings = {**self.settings, "group.id": "ms-scan", "enable.auto.commit": False}
+        settings |= {"enable.partition.eof": True, "isolation.level": "read_committed"}
+        consumer = await self.ask(Consumer, settings)
+        try:
+            for number in (await self.layout([topic])).get(topic, []):
+                place = Place(topic, number)
+                begin = starts.get(place, OFFSET_BEGINNING)
+                part = Partition(place, 0, None)
+                await self.ask(consumer.assign, [TopicPartition(*place, begin)])
+                end = time.monotonic() + ASK
+                while time.monotonic() < end:
+                    for message in await self.ask(_some, consumer):
+                        if message.error() is None:
+                            [found] = records([message], {place: part})
+                            part.open.clear()
+                            yield found
+                            end = time.monotonic() + ASK
+                        elif message.error().code() == KafkaError._PARTITION_EOF:
+                            end = 0.0
+        finally:
+            await self.ask(consumer.close)
+
+
+def _some(consumer: Any) -> list[Any]:
+    first = consumer.poll(0.5)
+    return [] if first is None else [first, *consumer.consume(MOST, 0)]

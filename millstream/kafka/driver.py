@@ -23,14 +23,16 @@ from ..errors import (
     SetupError,
 )
 from ..message import Message, new_id
-from .client import Broken, Client, Plan, Transactor
+from .client import Broken, Client
 from .flow import Flow
 from .letters import KafkaLetters
 from .message import KafkaMessage, Record, RecordMetadata
 from .offsets import Place
 from .options import SYNTAX, KafkaPublication, KafkaPublish, KafkaSubscription, Topic
+from .reader import Plan
 from .retries import Retries, names, topics
 from .transactions import Send, Transactional, TransactionalFlow, unit_of
+from .transactor import Transactor
 
 #: Seconds between two looks whether the cluster is back.
 LOOK = 0.5
@@ -46,7 +48,7 @@ class KafkaDriver:
     """One connection to a Kafka cluster.
 
     Args:
-        make: gives the client library; called with a function to be told of outages.
+        make: gives the client; called with a function to be told of outages.
         where: the cluster's addresses, for people.
         publish_timeout: seconds for one publication, where the command does not say it.
         refresh: seconds between two looks for new topics and partitions.
@@ -284,8 +286,8 @@ class KafkaDriver:
             data if data or command.message is not None else None,
             key.encode() if isinstance(key, str) else key,
             [(name, text.encode()) for name, text in headers.items()] if headers else [],
-            command.partition,
-            command.timestamp_ms,
+            -1 if command.partition is None else command.partition,
+            command.timestamp_ms or 0,
         )
 
     async def _offered(
@@ -335,7 +337,7 @@ class KafkaDriver:
         async with self._transacting:
             name = f"{self.transactional.id}.publish"
             if self._transactor is None:
-                transactor = self.client.transactor(name)
+                transactor = Transactor(self.client, name)
                 try:
                     await transactor.open()
                 except Broken as error:

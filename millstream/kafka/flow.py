@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..ack import Settlement
 from ..driver import CANCELLED, Batch, Capability, Sink
 from ..errors import SetupError
-from .client import Broken, Plan, Reader, Start
+from .client import Broken
 from .message import Record
-from .offsets import Commit, Partition, Place
+from .offsets import Commit, Partition, Place, Start, bundles, records
+from .reader import Plan, Reader
 
 if TYPE_CHECKING:
     from .driver import KafkaDriver
@@ -64,7 +65,7 @@ class Flow:
         self.bundle = 0
         if isinstance(spec.batch, Batch) and self.settles and self.bundles:
             self.bundle = spec.batch.size
-        self.reader: Reader = driver.client.reader(plan, self)
+        self.reader = Reader(driver.client, plan, self)
         self._full = False
         self._given: Record | None = None
         self._wake: asyncio.Future[None] | None = None
@@ -112,11 +113,10 @@ class Flow:
     def arrived(self, messages: list[Any]) -> None:
         if self.halted:
             return
-        client = self.driver.client
         if self.bundle:
-            self.buffer.extend(client.bundles(messages, self.parts, self.bundle))
+            self.buffer.extend(bundles(messages, self.parts, self.bundle))
         else:
-            self.buffer.extend(client.records(messages, self.parts))
+            self.buffer.extend(records(messages, self.parts))
         for part in self.parts.values():
             if not self.settles:
                 part.open.clear()
@@ -397,13 +397,13 @@ class Flow:
         if isinstance(where, int):
             found = dict.fromkeys(places, where)
         elif isinstance(where, datetime):
-            found = await self.reader.times(places, int(where.timestamp() * 1000))
+            found = await self.driver.client.times(places, int(where.timestamp() * 1000))
             if late := [place for place, offset in found.items() if offset < 0]:
-                found |= await self.reader.ends(late)
+                found |= await self.driver.client.ends(late)
         elif where == "beginning":
-            found = await self.reader.begins(places)
+            found = await self.driver.client.begins(places)
         else:
-            found = await self.reader.ends(places)
+            found = await self.driver.client.ends(places)
         for place, offset in found.items():
             part = self.parts.get(place)
             if part is not None:
@@ -483,6 +483,6 @@ class Flow:
         if not self.settles:
             return None
         places = list(self.parts)
-        ends = await self.reader.ends(places)
+        ends = await self.driver.client.ends(places)
         done = {place: part.committable for place, part in self.parts.items()}
         return sum(max(ends[p] - done.get(p, ends[p]), 0) for p in places if p in ends)

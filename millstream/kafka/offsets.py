@@ -9,13 +9,16 @@ whether the owner let go of the partition in order or vanished.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections import deque
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
-from .message import Record
+from ..letters import REPLAY_TO
+from .message import Bundle, Record
 
 #: Offsets that count as possibly begun when a process vanished, beyond what its notes say.
 SUSPECTS = 500
@@ -68,6 +71,15 @@ class Commit(NamedTuple):
     partition: int
     offset: int
     note: str
+
+
+class Start(NamedTuple):
+    """Where a partition begins that just came: the offset, and the note of its last commit."""
+
+    topic: str
+    partition: int
+    offset: int
+    note: str | None
 
 
 class Partition:
@@ -234,3 +246,69 @@ class Partition:
     def _vanished(self, record: Record) -> int:
         """What the next owner adds by itself, if this one vanishes."""
         return self.crashes if record.offset < self.suspects else 0
+
+
+_topic, _number = operator.methodcaller("topic"), operator.methodcaller("partition")
+
+
+_topic, _number = operator.methodcaller("topic"), operator.methodcaller("partition")
+
+
+def _ours(pairs: Any) -> bool:
+    """Whether headers say something of how a message is to be handled."""
+    return any(key.startswith("ms-") for key, _ in pairs or ())
+
+
+def _mark(record: Record) -> None:
+    if any(key == REPLAY_TO for key, _ in record.pairs or ()):
+        record.marked = record.unusual = True
+
+
+def records(messages: list[Any], parts: Mapping[Any, Partition]) -> list[Record]:
+    """Messages of the library as ours: those that belong to a partition, which admits them."""
+    found: list[Record] = []
+    part: Partition | None = None
+    topic, number = "", -1
+    for message in messages:
+        if message.partition() != number or message.topic() != topic:  # they come in runs
+            topic, number = message.topic(), message.partition()
+            part = parts.get((topic, number))
+        if part is None:
+            continue
+        offset, pairs = message.offset(), message.headers()
+        made = Record(part, topic, number, offset, message.value(), message.key(), pairs, message)
+        if pairs:
+            _mark(made)
+        if part.plain and offset >= part.next:
+            part.next = offset + 1
+            part.open.append(made)
+        elif not part.admit(made):
+            continue
+        found.append(made)
+    return found
+
+
+def bundles(messages: list[Any], parts: Mapping[Any, Partition], size: int) -> list[Record]:
+    """The same, in bundles of up to ``size`` where there is nothing to know of each."""
+    found: list[Record] = []
+    for topic, same in itertools.groupby(messages, _topic):
+        for number, run in itertools.groupby(same, _number):
+            part, many = parts.get((topic, number)), list(run)
+            if part is None:
+                continue
+            headers = [message.headers() for message in many]
+            if (
+                not part.plain
+                or many[0].offset() < part.next
+                or (any(headers) and any(_ours(pairs) for pairs in headers))
+            ):
+                found += records(many, parts)
+                continue
+            part.next = many[-1].offset() + 1
+            for start in range(0, len(many), size):
+                some = many[start : start + size]
+                last: int = some[-1].offset()
+                made = Bundle(part, topic, number, last, None, None, None, some)
+                part.open.append(made)
+                found.append(made)
+    return found

@@ -23,10 +23,12 @@ from ..ack import AckPolicy, Settlement
 from ..driver import Driver
 from ..errors import Fenced, MessageTooLarge, PublishError, SetupError, StateError
 from ..message import current
-from .client import Broken, Pairs, Plan, Refused, Transactor
+from .client import Broken, Pairs
 from .flow import Flow
 from .message import Record, RecordMetadata
 from .offsets import Commit, Partition, Place
+from .reader import Plan
+from .transactor import Refused, Transactor
 
 if TYPE_CHECKING:
     from ..driver import Sink
@@ -61,14 +63,14 @@ class Transacting(Driver, Protocol):
 
 
 class Send(NamedTuple):
-    """One message that waits for its transaction."""
+    """One message; ``partition`` is -1 for that of the key, ``timestamp_ms`` 0 for now."""
 
     topic: str
     value: bytes | None
     key: bytes | None
     pairs: Pairs
-    partition: int | None
-    timestamp_ms: int | None
+    partition: int
+    timestamp_ms: int
 
 
 class Unit:
@@ -111,8 +113,7 @@ class Unit:
         if size > largest:
             raise MessageTooLarge(f"{send.topic!r}: {size} bytes, at most {largest} are taken")
         self.sends.append(send)
-        partition = -1 if send.partition is None else send.partition
-        return RecordMetadata(send.topic, partition, -1)
+        return RecordMetadata(send.topic, send.partition, -1)
 
 
 #: The explicit transaction that the running task is in.
@@ -257,7 +258,7 @@ class TransactionalFlow(Flow):
         names = itertools.chain([base], (f"{base}.{n}" for n in itertools.count(2)))
         #: The producer's transactional id: the same after a restart.
         self.name: str = next(name for name in names if name not in taken)
-        self.transactor: Transactor = driver.client.transactor(self.name)
+        self.transactor = Transactor(driver.client, self.name)
         self._committing = asyncio.Lock()
         self._cut = asyncio.Event()
         self._finished = 0

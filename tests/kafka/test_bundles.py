@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from millstream.kafka.confluent import ConfluentClient
 from millstream.kafka.message import Bundle, Record
-from millstream.kafka.offsets import Partition, Place
+from millstream.kafka.offsets import Partition, Place, bundles, records
 
 
 class Sent:
@@ -58,10 +57,10 @@ def test_notes_are_those_of_single_messages(seed: int) -> None:
     dice = random.Random(seed)
     offsets = sorted(dice.sample(range(300), 200))  # a log has gaps
     one, other = partition(), partition()
-    singles = {r.offset: r for r in ConfluentClient.records([*map(Sent, offsets)], {("t", 0): one})}
-    bundles = ConfluentClient.bundles([*map(Sent, offsets)], {("t", 0): other}, 32)
-    assert [type(b) for b in bundles] == [Bundle] * 7 and sum(b.size for b in bundles) == 200
-    waiting, running = list(bundles), list[Record]()
+    singles = {r.offset: r for r in records([*map(Sent, offsets)], {("t", 0): one})}
+    made = bundles([*map(Sent, offsets)], {("t", 0): other}, 32)
+    assert [type(b) for b in made] == [Bundle] * 7 and sum(b.size for b in made) == 200
+    waiting, running = list(made), list[Record]()
     while waiting or running:
         if waiting and dice.random() < 0.5:
             bundle = waiting.pop(0)
@@ -93,7 +92,7 @@ def test_notes_are_those_of_single_messages(seed: int) -> None:
 
 
 def test_bodies_of_tombstones_are_empty() -> None:
-    [bundle] = ConfluentClient.bundles([Sent(6), Sent(7), Sent(8)], {("t", 0): partition()}, 10)
+    [bundle] = bundles([Sent(6), Sent(7), Sent(8)], {("t", 0): partition()}, 10)
     assert isinstance(bundle, Bundle) and bundle.bodies() == [b"6", b"", b"8"]
     assert [single.value for single in bundle.apart()] == [b"6", None, b"8"]
 
@@ -112,7 +111,7 @@ def test_what_has_to_be_looked_at_is_in_no_bundle() -> None:
         Sent(6, partition=1),
     ]
     parts = {("t", 0): crashed, ("t", 1): known}
-    found = ConfluentClient.bundles(messages, parts, 10)
+    found = bundles(messages, parts, 10)
     assert [(type(r), r.partition, r.offset) for r in found] == [
         (Record, 0, 0),
         (Record, 1, 3),
@@ -121,5 +120,5 @@ def test_what_has_to_be_looked_at_is_in_no_bundle() -> None:
         (Record, 1, 6),
     ]
     assert found[0].count == 2 and found[3].marked
-    [last] = ConfluentClient.bundles([Sent(7, foreign, 1), Sent(8, None, 1)], parts, 10)
+    [last] = bundles([Sent(7, foreign, 1), Sent(8, None, 1)], parts, 10)
     assert isinstance(last, Bundle) and last.offsets == [7, 8]
