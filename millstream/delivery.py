@@ -149,7 +149,7 @@ class Delivery:
                     command.correlation_id = message.known_correlation_id
                     if isinstance(result, Response):
                         command.message = result.body
-                        command.headers = result.headers
+                        command.headers = dict(result.headers) if result.headers else None
                         command.correlation_id = result.correlation_id or command.correlation_id
                     await send(command)
 

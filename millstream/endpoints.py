@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, overload
 
 import msgspec
 
@@ -21,28 +22,36 @@ if TYPE_CHECKING:
     from .broker import Broker
 
 P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
 
 
-class _Declares(Protocol):
-    def _subscribe(self, spec: SubscriptionSpec, /) -> Subscriber: ...
-    def _produce(self, spec: PublicationSpec, /) -> Publisher: ...
+class Method(Generic[P, R_co]):
+    """A method whose signature is that of an options class, written nowhere else.
 
+    Args:
+        options: the class.
+        build: makes a value of it from a user's arguments.
+        use: the name of the method that gets the value.
+    """
 
-class _Sends(Protocol):
-    def _publish(self, command: PublishCommand, /) -> Coroutine[Any, Any, Any]: ...
-    def _request(self, command: PublishCommand, /) -> Coroutine[Any, Any, Any]: ...
-
-
-class _Method(Generic[P]):
-    """A method whose signature is that of an options class, written nowhere else."""
-
-    def __init__(self, options: Callable[P, Any]) -> None:
-        self.options = options
+    def __init__(self, options: Callable[P, Any], build: Callable[..., Any], use: str) -> None:
+        self.options, self.build, self.use = options, build, use
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def bound(self, obj: Any, call: Callable[..., Any]) -> Any:
+    @overload
+    def __get__(self, obj: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, obj: Any, owner: type) -> Callable[P, R_co]: ...
+    def __get__(self, obj: Any, owner: type) -> Any:
+        if obj is None:
+            return self
+        build, use = self.build, getattr(obj, self.use)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return use(build(*args, **kwargs))
+
         call.__name__ = self.name
         call.__qualname__ = f"{type(obj).__qualname__}.{self.name}"
         call.__doc__ = self.options.__doc__
@@ -52,79 +61,27 @@ class _Method(Generic[P]):
         return call
 
 
-class declares(_Method[P]):
+def declares(options: Callable[P, SubscriptionSpec]) -> Method[P, Subscriber]:
     """``subscriber = declares(Spec)``: takes the Spec's arguments, gives a Subscriber."""
-
-    @overload
-    def __get__(self, obj: None, owner: type) -> declares[P]: ...
-    @overload
-    def __get__(self, obj: _Declares, owner: type) -> Callable[P, Subscriber]: ...
-    def __get__(self, obj: _Declares | None, owner: type) -> Any:
-        if obj is None:
-            return self
-        options, declare = self.options, obj
-
-        def subscriber(*args: Any, **kwargs: Any) -> Subscriber:
-            return declare._subscribe(make(options, args, kwargs))
-
-        return self.bound(obj, subscriber)
+    return Method(options, functools.partial(make, options), "_subscribe")
 
 
-class produces(_Method[P]):
+def produces(options: Callable[P, PublicationSpec]) -> Method[P, Publisher]:
     """``publisher = produces(Spec)``: takes the Spec's arguments, gives a Publisher."""
-
-    @overload
-    def __get__(self, obj: None, owner: type) -> produces[P]: ...
-    @overload
-    def __get__(self, obj: _Declares, owner: type) -> Callable[P, Publisher]: ...
-    def __get__(self, obj: _Declares | None, owner: type) -> Any:
-        if obj is None:
-            return self
-        options, declare = self.options, obj
-
-        def publisher(*args: Any, **kwargs: Any) -> Publisher:
-            return declare._produce(make(options, args, kwargs))
-
-        return self.bound(obj, publisher)
+    return Method(options, functools.partial(make, options), "_produce")
 
 
-class sends(_Method[P]):
+def sends(command: Callable[P, PublishCommand]) -> Method[P, Coroutine[Any, Any, Any]]:
     """``publish = sends(Command)``: takes the command's arguments and publishes it."""
-
-    @overload
-    def __get__(self, obj: None, owner: type) -> sends[P]: ...
-    @overload
-    def __get__(self, obj: _Sends, owner: type) -> Callable[P, Coroutine[Any, Any, Any]]: ...
-    def __get__(self, obj: _Sends | None, owner: type) -> Any:
-        if obj is None:
-            return self
-        command, sender = self.options, obj
-
-        def publish(*args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
-            return sender._publish(command(*args, **kwargs))
-
-        return self.bound(obj, publish)
+    return Method(command, command, "_publish")
 
 
-class asks(_Method[P]):
+def asks(command: Callable[P, PublishCommand]) -> Method[P, Coroutine[Any, Any, Any]]:
     """``request = asks(Command)``: takes the command's arguments and waits for the answer."""
-
-    @overload
-    def __get__(self, obj: None, owner: type) -> asks[P]: ...
-    @overload
-    def __get__(self, obj: _Sends, owner: type) -> Callable[P, Coroutine[Any, Any, Any]]: ...
-    def __get__(self, obj: _Sends | None, owner: type) -> Any:
-        if obj is None:
-            return self
-        command, sender = self.options, obj
-
-        def request(*args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
-            return sender._request(command(*args, **kwargs))
-
-        return self.bound(obj, request)
+    return Method(command, command, "_request")
 
 
-def make(options: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def make(options: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """An options value from a user's arguments, whose types are checked.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .driver import PublicationSpec, PublishCommand
@@ -21,6 +22,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@dataclass(init=False, repr=False, eq=False)
 class Response:
     """A handler's result with metadata.
 
@@ -29,8 +31,13 @@ class Response:
             nothing.
         headers: sent along.
         correlation_id: instead of the incoming message's.
-        options: further arguments of the broker's ``publish``.
+        options: further arguments of the broker's ``publish``; None leaves it to the publisher.
     """
+
+    body: Any = None
+    _: KW_ONLY
+    headers: Mapping[str, str] | None = None
+    correlation_id: str | None = None
 
     def __init__(
         self,
@@ -40,10 +47,13 @@ class Response:
         correlation_id: str | None = None,
         **options: Any,
     ) -> None:
-        self.body = body
+        self.body, self.correlation_id = body, correlation_id
         self.headers = dict(headers) if headers is not None else None
-        self.correlation_id = correlation_id
-        self.options = options
+        self.options = {name: value for name, value in options.items() if value is not None}
+
+    def __post_init__(self) -> None:
+        # The fields that a broker's own class adds are the options.
+        Response.__init__(self, **vars(self))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.body!r})"

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, Unpack, cast, overload
 
 from ..broker import Broker, BrokerOptions, known_options
 from ..driver import SubscriptionSpec
 from ..endpoints import (
     Endpoints,
+    Method,
     P,
     Route,
     RoutePublisher,
     Router,
     asks,
-    declares,
+    make,
     produces,
     sends,
 )
@@ -151,27 +152,24 @@ class _OfTopics(Protocol[P]):
     ) -> KafkaSubscriber: ...
 
 
-class _DeclaresTopics(declares[P]):
+def _of_topics(*topics: str | Topic, **options: Any) -> Any:
+    given: tuple[Any, ...] = (topics,) if len(topics) > 1 else topics
+    return make(KafkaSubscription, *given, **options)
+
+
+class _DeclaresTopics(Method[P, KafkaSubscriber]):
     """The same as ``declares``, where each positional argument is a topic."""
+
+    def __init__(self, options: Callable[P, KafkaSubscription]) -> None:
+        super().__init__(options, _of_topics, "_subscribe")
 
     if TYPE_CHECKING:
 
         @overload
-        def __get__(self, obj: None, owner: type) -> declares[P]: ...
+        def __get__(self, obj: None, owner: type) -> Self: ...
         @overload
         def __get__(self, obj: Any, owner: type) -> _OfTopics[P]: ...
-
-    def __get__(self, obj: Any, owner: type) -> Any:
-        declare: Callable[..., Subscriber] = super().__get__(obj, owner)
-        if obj is None:
-            return declare
-
-        def subscriber(*topics: str | Topic, **options: Any) -> Subscriber:
-            if len(topics) > 1:
-                return declare(topics, **options)
-            return declare(*topics, **options)
-
-        return self.bound(obj, subscriber)
+        def __get__(self, obj: Any, owner: type) -> Any: ...
 
 
 class KafkaEndpoints(Endpoints):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 from ..publisher import Response
 from .options import KafkaPublish, KafkaPublishMessage
@@ -12,6 +11,7 @@ from .options import KafkaPublish, KafkaPublishMessage
 KafkaPublishCommand = KafkaPublish
 
 
+@dataclass(kw_only=True, repr=False, eq=False)
 class KafkaResponse(Response):
     """A handler's result with metadata.
 
@@ -24,19 +24,9 @@ class KafkaResponse(Response):
         partition: the partition, instead of one by the key.
     """
 
-    def __init__(
-        self,
-        body: Any = None,
-        *,
-        headers: Mapping[str, str] | None = None,
-        correlation_id: str | None = None,
-        key: bytes | str | None = None,
-        timestamp_ms: int | None = None,
-        partition: int | None = None,
-    ) -> None:
-        given = {"key": key, "timestamp_ms": timestamp_ms, "partition": partition}
-        options = {name: value for name, value in given.items() if value is not None}
-        super().__init__(body, headers=headers, correlation_id=correlation_id, **options)
+    key: bytes | str | None = None
+    timestamp_ms: int | None = None
+    partition: int | None = None
 
 
 __all__ = ["KafkaPublishCommand", "KafkaPublishMessage", "KafkaResponse"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 from ..publisher import Response
 from .options import MqttPublish
@@ -12,6 +11,7 @@ from .options import MqttPublish
 MqttPublishCommand = MqttPublish
 
 
+@dataclass(kw_only=True, repr=False, eq=False)
 class MqttResponse(Response):
     """A handler's result with metadata.
 
@@ -24,19 +24,9 @@ class MqttResponse(Response):
         expiry: the same.
     """
 
-    def __init__(
-        self,
-        body: Any = None,
-        *,
-        headers: Mapping[str, str] | None = None,
-        correlation_id: str | None = None,
-        qos: int | None = None,
-        retain: bool | None = None,
-        expiry: float | None = None,
-    ) -> None:
-        given = {"qos": qos, "retain": retain, "expiry": expiry}
-        options = {key: value for key, value in given.items() if value is not None}
-        super().__init__(body, headers=headers, correlation_id=correlation_id, **options)
+    qos: int | None = None
+    retain: bool | None = None
+    expiry: float | None = None
 
 
 #: Under the name of other frameworks.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 from ..publisher import Response
 from .options import JStream, NatsPublish, Schedule
@@ -12,6 +11,7 @@ from .options import JStream, NatsPublish, Schedule
 NatsPublishCommand = NatsPublish
 
 
+@dataclass(kw_only=True, repr=False, eq=False)
 class NatsResponse(Response):
     """A handler's result with metadata.
 
@@ -24,16 +24,6 @@ class NatsResponse(Response):
         schedule: deliver it later.
     """
 
-    def __init__(
-        self,
-        body: Any = None,
-        *,
-        headers: Mapping[str, str] | None = None,
-        correlation_id: str | None = None,
-        stream: str | JStream | None = None,
-        message_id: str | None = None,
-        schedule: Schedule | None = None,
-    ) -> None:
-        given = {"stream": stream, "message_id": message_id, "schedule": schedule}
-        options = {key: value for key, value in given.items() if value is not None}
-        super().__init__(body, headers=headers, correlation_id=correlation_id, **options)
+    stream: str | JStream | None = None
+    message_id: str | None = None
+    schedule: Schedule | None = None

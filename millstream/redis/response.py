@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 from ..publisher import Response
 from .formats import MessageFormat
@@ -13,6 +12,7 @@ from .options import RedisPublish
 RedisPublishCommand = RedisPublish
 
 
+@dataclass(kw_only=True, repr=False, eq=False)
 class RedisResponse(Response):
     """A handler's result with metadata.
 
@@ -25,16 +25,6 @@ class RedisResponse(Response):
         message_format: how body and headers become one value.
     """
 
-    def __init__(
-        self,
-        body: Any = None,
-        *,
-        headers: Mapping[str, str] | None = None,
-        correlation_id: str | None = None,
-        maxlen: int | None = None,
-        max_age: float | None = None,
-        message_format: type[MessageFormat] | None = None,
-    ) -> None:
-        given = {"maxlen": maxlen, "max_age": max_age, "message_format": message_format}
-        options = {key: value for key, value in given.items() if value is not None}
-        super().__init__(body, headers=headers, correlation_id=correlation_id, **options)
+    maxlen: int | None = None
+    max_age: float | None = None
+    message_format: type[MessageFormat] | None = None
