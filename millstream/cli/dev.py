@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..embedded import Embedded, missing_server
@@ -13,7 +12,6 @@ from ..errors import ConnectError, MissingExtra
 from .child import Answer, Hello
 from .options import RunOptions
 from .output import note, styled
-from .reload import watch
 from .workers import Doorman
 
 log = logging.getLogger("millstream.dev")
@@ -51,6 +49,20 @@ class DevDoorman(Doorman):
         except (ConnectError, OSError) as error:
             log.error("%s", error)
 
+    def up(self, hello: Hello, how: str) -> None:
+        """Print the links."""
+        lines = [("app", hello.title)]
+        if self.url:
+            lines.append(("http", self.url))
+            if hello.docs:
+                lines.append(("docs", self.url + hello.docs))
+        lines += [("broker", address) for address in hello.brokers]
+        lines.append(("reload", "on every save; Ctrl+C stops"))
+        note("")
+        for name, value in lines:
+            note(f"  {styled(f'{name:<8}', '2')}{styled(value, '1')}")
+        note("")
+
     def close(self) -> None:
         """Stop the brokers that were started here."""
         super().close()
@@ -63,31 +75,3 @@ def _ignored_by_git(directory: Path) -> None:
     marker = directory / ".gitignore"
     if not marker.exists():
         marker.write_text("*\n")
-
-
-def develop(
-    options: RunOptions, *, directories: Sequence[str] = (), extensions: Sequence[str] = ()
-) -> int:
-    """Run the target for its developer; returns the exit code."""
-    doorman = DevDoorman(options)
-
-    def links(hello: Hello) -> None:
-        lines = [("app", hello.title)]
-        if doorman.url:
-            lines.append(("http", doorman.url))
-            if hello.docs:
-                lines.append(("docs", doorman.url + hello.docs))
-        lines += [("broker", address) for address in hello.brokers]
-        lines.append(("reload", "on every save; Ctrl+C stops"))
-        note("")
-        for name, value in lines:
-            note(f"  {styled(f'{name:<8}', '2')}{styled(value, '1')}")
-        note("")
-
-    return watch(
-        options,
-        directories=directories,
-        extensions=extensions,
-        doorman=doorman,
-        on_ready=links,
-    )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import platform
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -15,14 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .. import __version__
 from ..ack import UNSETTLED
 from ..broker import Broker
-from ..errors import MillstreamError, RemoteError, SetupError, SetupErrors
+from ..errors import RemoteError, SetupError, SetupErrors
 from ..message import Message
 from ..subscription import Subscription
 from .options import parse_extra, split_known
-from .output import fail, styled
-from .target import Target, TargetError, find
+from .output import FAILED, OK, fail, styled
+from .target import Target, TargetError
 
 #: What can stand under Millstream, as the package registry names it.
 CLIENTS = (
@@ -50,10 +50,6 @@ def print_json(value: Any) -> None:
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
-def load(target: str, app_dir: str, factory: bool) -> Target:
-    return asyncio.run(find(target, app_dir=app_dir, factory=factory).build())
-
-
 def plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
@@ -71,25 +67,24 @@ def _compile(brokers: Sequence[Broker]) -> list[SetupError]:
     return errors
 
 
-def check(target: str, app_dir: str, factory: bool) -> int:
+async def check(target: Target) -> int:
     """Print every wrong declaration; returns the exit code."""
-    found = load(target, app_dir, factory)
-    brokers = found.brokers
+    brokers = target.brokers
     errors = _compile(brokers)
     for error in errors:
         _print_error(error)
     if errors:
-        print(f"{found.title}: {plural(len(errors), 'error')}", file=sys.stderr)
-        return 1
+        print(f"{target.title}: {plural(len(errors), 'error')}", file=sys.stderr)
+        return FAILED
     if not brokers:
-        return fail(f"{found.title} has no broker")
+        return fail(f"{target.title} has no broker")
     parts = (
         plural(sum(len(b.subscriptions) for b in brokers), "subscription"),
         plural(sum(len(b.publications) for b in brokers), "publisher"),
         plural(len(brokers), "broker"),
     )
-    print(f"{styled('OK', '1;32')} {found.title}: {', '.join(parts)}")
-    return 0
+    print(f"{styled('OK', '1;32')} {target.title}: {', '.join(parts)}")
+    return OK
 
 
 def _print_error(error: SetupError) -> None:
@@ -145,20 +140,19 @@ def _table_of(broker: Broker) -> dict[str, Any]:
     }
 
 
-def show(target: str, app_dir: str, factory: bool, *, json: bool) -> int:
+async def show(target: Target, *, json: bool) -> int:
     """Print what the target subscribes to and publishes; returns the exit code."""
-    found = load(target, app_dir, factory)
-    brokers = found.brokers
+    brokers = target.brokers
     for error in (errors := _compile(brokers)):
         _print_error(error)
     listed = [_table_of(broker) for broker in brokers]
     if json:
-        whole = {"target": found.name, "type": type(found.object).__name__, "brokers": listed}
-        print_json(whole)
-        return 1 if errors else 0
+        kind = type(target.object).__name__
+        print_json({"target": target.name, "type": kind, "brokers": listed})
+        return FAILED if errors else OK
     console = console_of_stdout()
     if not brokers:
-        console.print(f"{escape(found.title)} has no broker")
+        console.print(f"{escape(target.title)} has no broker")
     for broker in listed:
         console.print(f"\n[bold]{escape(broker['kind'])}[/] {escape(broker['address'])}")
         _print_subscriptions(console, broker["subscriptions"])
@@ -166,7 +160,7 @@ def show(target: str, app_dir: str, factory: bool, *, json: bool) -> int:
         others = [p["destination"] for p in broker["publishers"] if p["destination"] not in used]
         if others:
             console.print(f"[dim]also publishes to[/] {escape(', '.join(others))}")
-    return 1 if errors else 0
+    return FAILED if errors else OK
 
 
 def _print_subscriptions(console: Console, subscriptions: list[dict[str, Any]]) -> None:
@@ -193,12 +187,10 @@ def _print_subscriptions(console: Console, subscriptions: list[dict[str, Any]]) 
     console.print(table)
 
 
-def publish(
-    target: str,
+async def publish(
+    target: Target,
     message: str,
     *,
-    app_dir: str,
-    factory: bool,
     to: str | None,
     headers: Sequence[str],
     rpc: bool,
@@ -206,22 +198,24 @@ def publish(
     extra: Sequence[str],
 ) -> int:
     """Publish one message, print the receipt or the reply; returns the exit code."""
-    text = sys.stdin.read() if message == "-" else message
-    body = _body(text)
-    found = load(target, app_dir, factory)
-    brokers = found.brokers
-    if not brokers:
-        raise TargetError(f"{found.title} has no broker to publish with")
-    broker: Any = brokers[0]
+    body = _body(sys.stdin.read() if message == "-" else message)
+    if not target.brokers:
+        raise TargetError(f"{target.title} has no broker to publish with")
+    broker: Any = target.brokers[0]
     options = _publish_options(broker, to, headers, extra) | {"timeout": timeout}
-    if rpc:
-        return asyncio.run(_once(broker, lambda: broker.request(body, **options), timeout, _reply))
+    broker.startup_timeout = min(broker.startup_timeout, timeout)
+    try:
+        async with broker:
+            if rpc:
+                reply = await broker.request(body, **options)
+                print(_shown(await reply.decode() if isinstance(reply, Message) else reply))
+                return OK
+            receipt = await broker.publish(body, **options)
+    except RemoteError as error:
+        return fail(f"the handler failed: {error}")
     destination = broker.driver.command(message=body, **options).destination
-
-    def receipt(result: Any) -> None:
-        print(_shown(result) if result is not None else f"sent to {destination}")
-
-    return asyncio.run(_once(broker, lambda: broker.publish(body, **options), timeout, receipt))
+    print(f"sent to {destination}" if receipt is None else _shown(receipt))
+    return OK
 
 
 def _body(text: str) -> Any:
@@ -264,30 +258,6 @@ def _address_field(command: type[Any]) -> str:
     return "to"
 
 
-async def _once(
-    broker: Broker,
-    call: Callable[[], Awaitable[Any]],
-    timeout: float,
-    tell: Callable[[Any], Any],
-) -> int:
-    """Connect, call, tell the result and disconnect; returns the exit code."""
-    broker.startup_timeout = min(broker.startup_timeout, timeout)
-    try:
-        async with broker:
-            result = tell(await call())
-            if result is not None:
-                await result
-    except RemoteError as error:
-        return fail(f"the handler failed: {error}")
-    except MillstreamError as error:
-        return fail(error)
-    return 0
-
-
-async def _reply(result: Any) -> None:
-    print(_shown(await result.decode() if isinstance(result, Message) else result))
-
-
 def _shown(value: Any) -> str:
     """A value for people and pipes: JSON where that is possible."""
     if isinstance(value, str):
@@ -299,16 +269,9 @@ def _shown(value: Any) -> str:
     return msgspec.json.encode(value, enc_hook=str).decode()
 
 
-def own_version() -> str:
-    """The version of this package."""
-    from .. import __version__
-
-    return __version__
-
-
 def versions() -> int:
     """Print versions; returns the exit code."""
-    rows = [("millstream", own_version()), ("python", platform.python_version())]
+    rows = [("millstream", __version__), ("python", platform.python_version())]
     rows.append(("platform", f"{platform.system()} {platform.release()} {platform.machine()}"))
     for name in CLIENTS:
         try:
@@ -318,4 +281,4 @@ def versions() -> int:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
-    return 0
+    return OK

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import typer
@@ -25,8 +25,11 @@ from ..letters import Letter, Letters, many_lines, replay
 from ..subscriber import Subscriber
 from ..subscription import Subscription
 from .inspect import console_of_stdout, plain_table, plural, print_json
-from .output import fail, note
-from .target import Target, TargetError, find
+from .output import FAILED, OK, fail, note
+from .target import Target, TargetError
+
+if TYPE_CHECKING:
+    from .dlq import Which
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 #: Letters that ``show`` prints where nothing is said.
@@ -70,7 +73,6 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
     older: float | None = None
     newer: float | None = None
     ids: tuple[str, ...] = ()
-    limit: int | None = None
 
     def takes(self, name: str, letter: Letter, now: datetime) -> bool:
         """Whether a letter is one of them; ``name`` is ``ADDRESS:ID``."""
@@ -132,23 +134,36 @@ class Groups(dict[tuple[str, str, str], Group]):
         console_of_stdout().print(table)
 
 
-class Desk(msgspec.Struct, frozen=True, kw_only=True):
-    """One call of a command: the target, and the letters that are meant."""
+class Desk:
+    """One call of a command.
 
-    target: str
-    app_dir: str
-    factory: bool
-    addresses: tuple[str, ...]
-    which: Filter
-    json: bool
-    timeout: float
+    Args:
+        told: which letters of which target are meant.
+        dry_run: change nothing.
+        rate: how fast letters are handled, such as ``50/s``.
+
+    Raises:
+        TargetError: an age or the rate is none.
+    """
+
+    def __init__(self, told: Which, dry_run: bool = False, rate: str | None = None) -> None:
+        self.target, self.json, self.timeout = told.target, told.json, told.timeout
+        self.addresses = told.address or []
+        self.dry_run, self.pause = dry_run, pause_of(rate)
+        self.which = Filter(
+            handler=told.handler,
+            error=told.error,
+            older=age("--older", told.older),
+            newer=age("--newer", told.newer),
+            ids=tuple(told.id or ()),
+        )
+        self.limit = told.limit
 
     # The commands; each returns the exit code.
 
-    def ls(self) -> int:
+    async def ls(self, target: Target) -> int:
         """Print groups."""
-        with asyncio.Runner() as runner:
-            groups, places = runner.run(self._count(self._load(runner)))
+        groups, places = await self._count(target)
         if self.json:
             total = groups.total
             print_json({"target": self.target, "total": total, "groups": [*groups.values()]})
@@ -158,15 +173,13 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             print(self._nothing(places))
         return self._missing(groups.total)
 
-    def show(self) -> int:
+    async def show(self, target: Target) -> int:
         """Print letters."""
-        limit = self.which.limit or max(_SHOWN, len(self.which.ids))
-        desk = msgspec.structs.replace(
-            self, which=msgspec.structs.replace(self.which, limit=limit + 1)
-        )
-        with asyncio.Runner() as runner:
-            found, places = runner.run(desk._collect(self._load(runner)))
-        shown = found[:limit]
+        most, said = max(_SHOWN, len(self.which.ids)), self.limit is not None
+        self.limit = self.limit if said else most + 1
+        async with self._places(target) as places:
+            found = [pair async for pair in self._each(places)]
+        shown = found if said else found[:most]
         if self.json:
             print_json([_described(place, letter) for place, letter in shown])
         elif not shown:
@@ -175,11 +188,11 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             console = console_of_stdout()
             for place, letter in shown:
                 _print_letter(console, place, letter)
-            if len(found) > limit and self.which.limit is None:
-                note(f"the first {limit}; --limit shows more")
+            if len(found) > len(shown):
+                note(f"the first {most}; --limit shows more")
         return self._missing(len(shown))
 
-    def replay(self, *, to_all: bool, dry_run: bool, rate: str | None) -> int:
+    async def replay(self, target: Target, *, to_all: bool) -> int:
         """Send letters back."""
 
         async def act(place: Place, letter: Letter) -> str | None:
@@ -188,51 +201,43 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
                     f"{self.target} has no subscription {letter.handler!r}: "
                     "--to-all sends to every subscription of the origin"
                 )
-            if not dry_run:
+            if not self.dry_run:
                 await replay(place.letters, letter, to_all=to_all)
             return None
 
-        with asyncio.Runner() as runner:
-            target = self._load(runner)
-            return runner.run(self._work(target, act, "replayed", pause_of(rate), dry_run))
+        return await self._work(target, act, "replayed")
 
-    def drop(self, *, yes: bool, dry_run: bool, rate: str | None) -> int:
+    async def drop(self, target: Target, *, yes: bool) -> int:
         """Delete letters."""
-        pause = pause_of(rate)
-        if not (yes or dry_run) and (self.json or not sys.stdin.isatty()):
-            raise TargetError("drop asks before it deletes, and nobody is there to answer: --yes")
+        if not (yes or self.dry_run):
+            if self.json or not sys.stdin.isatty():
+                raise TargetError(
+                    "drop asks before it deletes, and nobody is there to answer: --yes"
+                )
+            # The connection is closed while somebody thinks.
+            groups, places = await self._count(target)
+            if not groups:
+                print(self._nothing(places))
+                return self._missing(0)
+            groups.print()
+            if not typer.confirm(f"Drop {_letters(groups.total)} for good?"):
+                print("nothing was dropped")
+                return FAILED
 
         async def act(place: Place, letter: Letter) -> str | None:
-            if not dry_run:
+            if not self.dry_run:
                 await place.letters.remove(letter.id)
             return None
 
-        with asyncio.Runner() as runner:
-            target = self._load(runner)
-            if not (yes or dry_run):
-                # The connection is closed while somebody thinks.
-                groups, places = runner.run(self._count(target))
-                if not groups:
-                    print(self._nothing(places))
-                    return self._missing(0)
-                groups.print()
-                if not typer.confirm(f"Drop {_letters(groups.total)} for good?"):
-                    print("nothing was dropped")
-                    return 1
-            return runner.run(self._work(target, act, "dropped", pause, dry_run))
+        return await self._work(target, act, "dropped")
 
     # How
-
-    def _load(self, runner: asyncio.Runner) -> Target:
-        found = find(self.target, app_dir=self.app_dir, factory=self.factory)
-        target = runner.run(found.build())
-        if not target.brokers:
-            raise TargetError(f"{target.title} has no broker")
-        return target
 
     @asynccontextmanager
     async def _places(self, target: Target) -> AsyncIterator[list[Place]]:
         """Connect, and find where the letters are."""
+        if not target.brokers:
+            raise TargetError(f"{target.title} has no broker")
         async with AsyncExitStack() as stack:
             places: dict[tuple[int, str], Place] = {}
             for broker in target.brokers:
@@ -255,7 +260,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
 
     async def _each(self, places: Sequence[Place]) -> AsyncIterator[tuple[Place, Letter]]:
         """The letters that are meant and were there at the beginning."""
-        left, now, kept = self.which.limit, datetime.now(UTC), False
+        left, now, kept = self.limit, datetime.now(UTC), False
         unseen = set(self.which.ids)
         for place in places:
             try:
@@ -276,10 +281,6 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         for name in sorted(unseen):
             fail(f"there is no such dead letter {name}")
 
-    async def _collect(self, target: Target) -> tuple[list[tuple[Place, Letter]], Sequence[Place]]:
-        async with self._places(target) as places:
-            return [pair async for pair in self._each(places)], places
-
     async def _count(self, target: Target) -> tuple[Groups, Sequence[Place]]:
         groups = Groups()
         async with self._places(target) as places:
@@ -292,8 +293,6 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         target: Target,
         act: Callable[[Place, Letter], Awaitable[str | None]],
         done: str,
-        pause: float,
-        dry_run: bool,
     ) -> int:
         """Do something with each letter; ``act`` returns why it was not done."""
         groups, problems, names = Groups(), Counter[str](), []
@@ -306,9 +305,9 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
                 task = progress.add_task(done, total=None)
                 try:
                     async for place, letter in self._each(places):
-                        if not dry_run:
+                        if not self.dry_run:
                             await asyncio.sleep(due - loop.time())
-                            due = max(due + pause, loop.time())
+                            due = max(due + self.pause, loop.time())
                         try:
                             problem = await act(place, letter)
                         except NotConnected:
@@ -326,14 +325,14 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
                 except MillstreamError as error:
                     ended = error
         failed = problems.total()
-        code = 1 if failed or ended is not None else self._missing(groups.total)
+        code = FAILED if failed or ended is not None else self._missing(groups.total)
         if self.json:
-            result = {done: groups.total, "failed": failed, "dry_run": dry_run, "ids": names}
+            result = {done: groups.total, "failed": failed, "dry_run": self.dry_run, "ids": names}
             ending = None if ended is None else str(ended)
             told = {"problems": dict(problems), "ended": ending, "groups": [*groups.values()]}
             print_json(result | told)
             return code
-        if dry_run and groups:
+        if self.dry_run and groups:
             groups.print()
         for problem, count in problems.most_common(_TOLD):
             fail(f"{_letters(count)}: {problem}")
@@ -344,7 +343,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         elif not groups and ended is None:
             print(self._nothing(places))
         else:
-            print(f"{'would be ' if dry_run else ''}{done}: {_letters(groups.total)}")
+            print(f"{'would be ' if self.dry_run else ''}{done}: {_letters(groups.total)}")
         return code
 
     def _nothing(self, places: Sequence[Place]) -> str:
@@ -353,8 +352,8 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         return f"{what} at {', '.join(place.address for place in places)}"
 
     def _missing(self, found: int) -> int:
-        """The exit code: 1 where letters were named that are not there."""
-        return 1 if found < len(self.which.ids) else 0
+        """The exit code: a failure where letters were named that are not there."""
+        return FAILED if found < len(self.which.ids) else OK
 
 
 def _subscriptions(broker: Broker) -> list[Subscription]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 import typer
 
-from .arguments import USAGE, AppDir, Factory, Json, TargetArg, guarded, leave, posix
+from .arguments import EXTRA, Commands, Json, Wanted, command, option, posix
 from .dlq import dlq
-from .output import fail
+from .options import RunOptions
+from .target import TargetError
 
 cli = typer.Typer(
     name="millstream",
+    cls=Commands,
     help="Run and inspect message-driven services.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -23,104 +26,90 @@ _SERVER = "Server (HTTP targets)"
 _LOGS = "Logging"
 _RELOAD = "Reload"
 
-Host = Annotated[
-    str | None,
-    typer.Option(
-        envvar="MILLSTREAM_HOST",
-        metavar="ADDRESS",
-        rich_help_panel=_SERVER,
-        help="Address; 127.0.0.1 by default.",
-    ),
-]
-Port = Annotated[
-    int | None,
-    typer.Option(
-        "--port",
-        "-p",
-        min=0,
-        max=65535,
-        envvar="MILLSTREAM_PORT",
-        metavar="PORT",
-        rich_help_panel=_SERVER,
-        help="Port; 8000 by default, 0 picks a free one.",
-    ),
-]
-Uds = Annotated[
-    str | None,
-    typer.Option(
-        envvar="MILLSTREAM_UDS",
-        metavar="PATH",
-        rich_help_panel=_SERVER,
-        help="Path of a Unix socket.",
-    ),
-]
-Loop = Annotated[
-    str,
-    typer.Option(
-        envvar="MILLSTREAM_LOOP",
-        metavar="auto|uvloop|asyncio",
-        help="The event loop; auto takes uvloop where it is installed.",
-    ),
-]
-LogLevel = Annotated[
-    str | None,
-    typer.Option(
-        "--log-level",
-        "-l",
-        envvar="MILLSTREAM_LOG_LEVEL",
-        metavar="LEVEL",
-        rich_help_panel=_LOGS,
-        help="debug, info, warning, error or critical; info by default.",
-    ),
-]
-LogConfig = Annotated[
-    str | None,
-    typer.Option(
-        envvar="MILLSTREAM_LOG_CONFIG",
-        rich_help_panel=_LOGS,
-        metavar="FILE",
-        help="A dictConfig in .json, .toml or .yaml.",
-    ),
-]
-LogJson = Annotated[
-    bool,
-    typer.Option(
-        "--log-json",
-        envvar="MILLSTREAM_LOG_JSON",
-        rich_help_panel=_LOGS,
-        help="One JSON object a line.",
-    ),
-]
-ReloadDir = Annotated[
-    list[str] | None,
-    typer.Option(
-        envvar="MILLSTREAM_RELOAD_DIR",
-        rich_help_panel=_RELOAD,
-        metavar="DIR",
-        help="Watched instead of the application's directory; may be repeated.",
-    ),
-]
-Ext = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--ext",
-        "--extension",
-        "--reload-ext",
-        "--reload-extension",
-        envvar="MILLSTREAM_EXT",
-        rich_help_panel=_RELOAD,
-        metavar="EXT",
-        help="File extension watched besides py; may be repeated.",
-    ),
-]
-_EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+class Running(Wanted, kw_only=True):
+    """What ``run`` and ``dev`` are told alike."""
+
+    loop: Annotated[
+        str,
+        option(
+            "--loop",
+            metavar="auto|uvloop|asyncio",
+            help="The event loop; auto takes uvloop where it is installed.",
+        ),
+    ] = "auto"
+    reload_dir: Annotated[
+        list[str] | None,
+        option(
+            "--reload-dir",
+            panel=_RELOAD,
+            metavar="DIR",
+            help="Watched instead of the application's directory; may be repeated.",
+        ),
+    ] = None
+    ext: Annotated[
+        list[str] | None,
+        option(
+            *("--ext", "--extension", "--reload-ext", "--reload-extension"),
+            panel=_RELOAD,
+            metavar="EXT",
+            help="File extension watched besides py; may be repeated.",
+        ),
+    ] = None
+    host: Annotated[
+        str | None,
+        option("--host", panel=_SERVER, metavar="ADDRESS", help="Address; 127.0.0.1 by default."),
+    ] = None
+    port: Annotated[
+        int | None,
+        option(
+            *("--port", "-p"),
+            panel=_SERVER,
+            min=0,
+            max=65535,
+            metavar="PORT",
+            help="Port; 8000 by default, 0 picks a free one.",
+        ),
+    ] = None
+    uds: Annotated[
+        str | None,
+        option("--uds", panel=_SERVER, metavar="PATH", help="Path of a Unix socket."),
+    ] = None
+    log_level: Annotated[
+        str | None,
+        option(
+            *("--log-level", "-l"),
+            panel=_LOGS,
+            metavar="LEVEL",
+            help="debug, info, warning, error or critical; info by default.",
+        ),
+    ] = None
+    log_config: Annotated[
+        str | None,
+        option(
+            "--log-config",
+            panel=_LOGS,
+            metavar="FILE",
+            help="A dictConfig in .json, .toml or .yaml.",
+        ),
+    ] = None
+
+    def options(self, context: typer.Context, **more: Any) -> RunOptions:
+        """All that was said about the run.
+
+        Raises:
+            TargetError: an option has a value that means nothing.
+        """
+        options = RunOptions(**msgspec.structs.asdict(self), extra=list(context.args), **more)
+        options.check()
+        return options
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from .inspect import own_version
+        from .. import __version__
 
-        print(f"millstream {own_version()}")
+        print(f"millstream {__version__}")
         raise typer.Exit()
 
 
@@ -135,39 +124,21 @@ def _root(
 ) -> None: ...
 
 
-@cli.command(context_settings=_EXTRA)
+@command(cli, context_settings=EXTRA)
 def run(
+    running: Running,
     context: typer.Context,
-    target: TargetArg,
-    workers: Annotated[
-        int,
-        typer.Option(
-            "--workers", "-w", min=1, envvar="MILLSTREAM_WORKERS", metavar="N", help="Processes."
-        ),
-    ] = 1,
+    workers: Annotated[int, option("--workers", "-w", min=1, metavar="N", help="Processes.")] = 1,
     reload: Annotated[
-        bool,
-        typer.Option(
-            "--reload",
-            "-r",
-            envvar="MILLSTREAM_RELOAD",
-            rich_help_panel=_RELOAD,
-            help="Restart when a file changes.",
-        ),
+        bool, option("--reload", "-r", panel=_RELOAD, help="Restart when a file changes.")
     ] = False,
-    reload_dir: ReloadDir = None,
-    ext: Ext = None,
-    host: Host = None,
-    port: Port = None,
-    uds: Uds = None,
-    loop: Loop = "auto",
-    log_level: LogLevel = None,
-    log_config: LogConfig = None,
-    log_json: LogJson = False,
+    log_json: Annotated[
+        bool, option("--log-json", panel=_LOGS, help="One JSON object a line.")
+    ] = False,
     health_socket: Annotated[
         str | None,
-        typer.Option(
-            envvar="MILLSTREAM_HEALTH_SOCKET",
+        option(
+            "--health-socket",
             metavar="PATH",
             help="Where `millstream health` asks a plain application; its own path by default.",
         ),
@@ -175,115 +146,69 @@ def run(
     no_health_socket: Annotated[
         bool, typer.Option("--no-health-socket", help="Do not answer `millstream health`.")
     ] = False,
-    app_dir: AppDir = ".",
-    factory: Factory = False,
-) -> None:
+) -> int:
     """Run an application: Millstream, a broker, FastAPI or any other ASGI application.
 
     Options that are not listed here go to the start-up hooks of a plain application
     ([bold]--env prod[/] becomes [bold]env="prod"[/]), and to uvicorn for an HTTP target.
     """
-    from . import run as runner
-    from .options import RunOptions
-
-    options = RunOptions(
-        target=target,
-        app_dir=app_dir,
-        factory=factory,
-        host=host,
-        port=port,
-        uds=uds,
-        loop=loop,
-        log_level=log_level,
-        log_config=log_config,
+    options = running.options(
+        context,
         log_json=log_json,
         health_socket=health_socket,
         no_health_socket=no_health_socket,
-        extra=list(context.args),
     )
-    if code := guarded(options.check):
-        leave(code)
     if reload and workers > 1:
-        leave(fail("--reload watches one process; leave --workers out", USAGE))
+        raise TargetError("--reload watches one process; leave --workers out")
     if reload or workers > 1:
         posix("--reload and --workers")
     if reload:
         from .reload import watch
 
-        leave(guarded(lambda: watch(options, directories=reload_dir or (), extensions=ext or ())))
+        return watch(options)
     if workers > 1:
         from .workers import supervise
 
-        leave(guarded(lambda: supervise(options, workers)))
-    leave(guarded(lambda: runner.execute(options)))
+        return supervise(options, workers)
+    from .run import execute
+
+    return execute(options)
 
 
-@cli.command(context_settings=_EXTRA)
-def dev(
-    context: typer.Context,
-    target: TargetArg,
-    reload_dir: ReloadDir = None,
-    ext: Ext = None,
-    host: Host = None,
-    port: Port = None,
-    uds: Uds = None,
-    loop: Loop = "auto",
-    log_level: LogLevel = None,
-    log_config: LogConfig = None,
-    app_dir: AppDir = ".",
-    factory: Factory = False,
-) -> None:
+@command(cli, context_settings=EXTRA)
+def dev(running: Running, context: typer.Context) -> int:
     """Run for its developer: reload, links, and a broker that starts by itself."""
-    from .dev import develop
-    from .options import RunOptions
-
     posix("dev")
-    options = RunOptions(
-        target=target,
-        app_dir=app_dir,
-        factory=factory,
-        host=host,
-        port=port,
-        uds=uds,
-        loop=loop,
-        log_level=log_level,
-        log_config=log_config,
-        extra=list(context.args),
-        dev=True,
-    )
-    if code := guarded(options.check):
-        leave(code)
-    leave(guarded(lambda: develop(options, directories=reload_dir or (), extensions=ext or ())))
+    from .dev import DevDoorman
+    from .reload import watch
+
+    options = running.options(context, dev=True)
+    return watch(options, DevDoorman(options))
 
 
-@cli.command()
-def check(target: TargetArg, app_dir: AppDir = ".", factory: Factory = False) -> None:
+@command(cli)
+def check(wanted: Wanted) -> int:
     """Find wrong declarations, all in one go and without a broker."""
-    from .inspect import check as command
+    from . import inspect
 
-    leave(guarded(lambda: command(target, app_dir, factory)))
+    return wanted.run(inspect.check)
 
 
-@cli.command()
-def show(
-    target: TargetArg,
-    json: Json = False,
-    app_dir: AppDir = ".",
-    factory: Factory = False,
-) -> None:
+@command(cli)
+def show(wanted: Wanted, json: Json = False) -> int:
     """List subscriptions and publishers."""
-    from .inspect import show as command
+    from . import inspect
 
-    leave(guarded(lambda: command(target, app_dir, factory, json=json)))
+    return wanted.run(lambda target: inspect.show(target, json=json))
 
 
-@cli.command(context_settings=_EXTRA)
+@command(cli, context_settings=EXTRA)
 def publish(
-    context: typer.Context,
-    target: TargetArg,
+    wanted: Wanted,
     message: Annotated[
         str, typer.Argument(help="JSON, else text; [bold]-[/] reads it from standard input.")
     ],
+    context: typer.Context,
     to: Annotated[
         str | None,
         typer.Option(
@@ -295,28 +220,22 @@ def publish(
     ] = None,
     rpc: Annotated[bool, typer.Option("--rpc", help="Wait for the reply and print it.")] = False,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait.")] = 5.0,
-    app_dir: AppDir = ".",
-    factory: Factory = False,
-) -> None:
+) -> int:
     """Publish one message through the target's first broker.
 
     Further options are arguments of the broker's [bold]publish[/], such as --stream.
     """
-    from .inspect import publish as command
+    from . import inspect
 
-    leave(
-        guarded(
-            lambda: command(
-                target,
-                message,
-                app_dir=app_dir,
-                factory=factory,
-                to=to,
-                headers=header or (),
-                rpc=rpc,
-                timeout=timeout,
-                extra=context.args,
-            )
+    return wanted.run(
+        lambda target: inspect.publish(
+            target,
+            message,
+            to=to,
+            headers=header or (),
+            rpc=rpc,
+            timeout=timeout,
+            extra=context.args,
         )
     )
 
@@ -334,23 +253,23 @@ def health(
     ] = None,
     timeout: Annotated[float, typer.Option(min=0.01, help="Seconds to wait for an answer.")] = 3.0,
     json: Json = False,
-) -> None:
+) -> int:
     """Ask running plain applications how they are.
 
     The exit code is 0 if all are ready, 1 if one is not or does not answer, 2 if there is none.
     """
     posix("health")
-    from .health import health as command
+    from .health import health as ask
 
-    leave(guarded(lambda: command(path, timeout, json=json)))
+    return ask(path, timeout, json=json)
 
 
 @cli.command()
-def version() -> None:
+def version() -> int:
     """Print the versions of what is installed."""
     from .inspect import versions
 
-    leave(versions())
+    return versions()
 
 
 def main() -> None:

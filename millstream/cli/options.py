@@ -24,6 +24,8 @@ class RunOptions(msgspec.Struct, kw_only=True):
     port: int | None = None
     uds: str | None = None
     loop: str = "auto"
+    reload_dir: list[str] | None = None
+    ext: list[str] | None = None
     log_level: str | None = None
     log_config: str | None = None
     log_json: bool = False
@@ -41,6 +43,9 @@ class RunOptions(msgspec.Struct, kw_only=True):
         """
         if not Path(self.app_dir).is_dir():
             raise TargetError(f"--app-dir {self.app_dir}: no such directory")
+        for directory in self.reload_dir or ():
+            if not Path(directory).is_dir():
+                raise TargetError(f"--reload-dir {directory}: no such directory")
         if self.loop not in ("auto", "uvloop", "asyncio"):
             raise TargetError(f"--loop {self.loop}: auto, uvloop or asyncio")
         if self.log_level is not None:

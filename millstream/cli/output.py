@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
+#: Exit codes.
+OK, FAILED, USAGE = 0, 1, 2
+
 
 def styled(text: str, code: str) -> str:
     """The text in an ANSI style where standard error is a terminal."""
@@ -16,7 +19,7 @@ def no_color() -> bool:
     return bool(os.environ.get("NO_COLOR"))
 
 
-def fail(problem: object, code: int = 1) -> int:
+def fail(problem: object, code: int = FAILED) -> int:
     """Print an error and return the exit code."""
     print(styled("Error:", "1;31"), problem, file=sys.stderr, flush=True)
     return code

@@ -7,15 +7,13 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from .child import Child, Hello, ended
+from .child import Child, ended
 from .options import RunOptions
-from .output import fail
-from .run import OK, USAGE, configure_logging
-from .sockets import BindError
-from .target import TargetError
+from .output import OK, USAGE
+from .run import configure_logging
 from .workers import Doorman, signals
 
 log = logging.getLogger("millstream.reload")
@@ -100,19 +98,12 @@ class Reloader:
     Args:
         options: of the run.
         watcher: says when files changed.
-        doorman: answers the children.
-        on_ready: called with what the child said of itself, when the first one is up.
+        doorman: answers the children, and tells when the first one is up.
     """
 
-    def __init__(
-        self,
-        options: RunOptions,
-        watcher: Watcher,
-        doorman: Doorman,
-        on_ready: Callable[[Hello], None],
-    ) -> None:
+    def __init__(self, options: RunOptions, watcher: Watcher, doorman: Doorman) -> None:
         self.options, self.watcher, self.doorman = options, watcher, doorman
-        self.on_ready: Callable[[Hello], None] | None = on_ready
+        self._was_up = False
         self.child: Child | None = None
         self.stopping = asyncio.Event()
         self._hurried = asyncio.Event()
@@ -166,11 +157,11 @@ class Reloader:
         exit = asyncio.create_task(child.wait())
         await self._either(child.ready.wait(), exit, changed.wait(), self.stopping.wait())
         if child.ready.is_set() and child.hello is not None:
-            if self.on_ready is not None:
-                self.on_ready(child.hello)
-                self.on_ready = None
-            else:
+            if self._was_up:
                 log.info("reloaded in %.1f s", asyncio.get_running_loop().time() - begun)
+            else:
+                self.doorman.up(child.hello, "reloading on changes")
+            self._was_up = True
         await self._either(exit, changed.wait(), self.stopping.wait())
         if not exit.done():
             await self._end(child, exit)
@@ -207,39 +198,23 @@ def _short(file: Path) -> str:
     return str(file)
 
 
-def watch(
-    options: RunOptions,
-    *,
-    directories: Sequence[str] = (),
-    extensions: Sequence[str] = (),
-    doorman: Doorman | None = None,
-    on_ready: Callable[[Hello], None] | None = None,
-) -> int:
+def watch(options: RunOptions, doorman: Doorman | None = None) -> int:
     """Run the target and restart it on changes; returns the exit code.
 
     Args:
         options: of the run.
-        directories: what is watched; the application's directory by default.
-        extensions: of files that count besides ``py``.
-        doorman: answers the children.
-        on_ready: called when the first child is up.
+        doorman: answers the children, and tells when the first one is up.
+
+    Raises:
+        TargetError: the file of ``--log-config`` is wrong.
+        BindError: the address cannot be listened on.
     """
-    for directory in directories:
-        if not Path(directory).is_dir():
-            raise TargetError(f"--reload-dir {directory}: no such directory")
     configure_logging(options)
     files = [options.log_config] if options.log_config else []
-    watcher = Watcher(directories or [options.app_dir], ["py", *extensions], files)
-
-    door = doorman or Doorman(options)
-
-    def up(hello: Hello) -> None:
-        log.info("%s%s, reloading on changes", hello.title, f" on {door.url}" if door.url else "")
+    directories = options.reload_dir or [options.app_dir]
+    watcher = Watcher(directories, ["py", *(options.ext or ())], files)
 
     async def run() -> int:
-        return await Reloader(options, watcher, door, on_ready or up).run()
+        return await Reloader(options, watcher, doorman or Doorman(options)).run()
 
-    try:
-        return asyncio.run(run())
-    except BindError as error:
-        return fail(error)
+    return asyncio.run(run())

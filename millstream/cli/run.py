@@ -21,13 +21,11 @@ from ..log import TARGET_VARIABLE
 from .answering import answering
 from .child import Channel, Hello
 from .options import RunOptions
-from .output import fail
+from .output import FAILED, OK, USAGE, fail
 from .sockets import BindError
 from .target import Target, TargetError, UserCodeError, find, own_traceback
 
 log = logging.getLogger("millstream.run")
-#: Exit codes.
-OK, FAILED, USAGE = 0, 1, 2
 #: Seconds that tasks and threads may go on after the application's end, at least.
 LEAVE = 0.25
 

@@ -14,9 +14,9 @@ import msgspec
 
 from .child import MARGIN, Answer, Child, Hello, ended
 from .options import RunOptions
-from .output import fail
-from .run import FAILED, OK, USAGE, configure_logging
-from .sockets import BindError, listen, url_of
+from .output import FAILED, OK, USAGE
+from .run import configure_logging
+from .sockets import listen, url_of
 
 log = logging.getLogger("millstream.workers")
 
@@ -50,6 +50,10 @@ class Doorman:
             self.socket = listen(options.host or "127.0.0.1", port, options.uds)
             self.url = url_of(self.socket)
         return Answer(self.url), self.socket
+
+    def up(self, hello: Hello, how: str) -> None:
+        """The target is up for the first time."""
+        log.info("%s%s, %s", hello.title, f" on {self.url}" if self.url else "", how)
 
     def close(self) -> None:
         """Give the address free."""
@@ -164,11 +168,8 @@ class Supervisor:
         """A worker is ready."""
         assert worker.child is not None
         log.info("worker %d is up (pid %d)", worker.number, worker.child.pid)
-        if not self.started:
-            hello = worker.child.hello
-            title = hello.title if hello is not None else self.options.target
-            place = f" on {self.doorman.url}" if self.doorman.url else ""
-            log.info("%s%s, %d workers", title, place, len(self.workers))
+        if not self.started and worker.child.hello is not None:
+            self.doorman.up(worker.child.hello, f"{len(self.workers)} workers")
         self.started = True
         self._first_up.set()
 
@@ -264,13 +265,15 @@ class Supervisor:
 
 
 def supervise(options: RunOptions, count: int) -> int:
-    """Run ``count`` workers; returns the exit code."""
+    """Run ``count`` workers; returns the exit code.
+
+    Raises:
+        TargetError: the file of ``--log-config`` is wrong.
+        BindError: the address cannot be listened on.
+    """
     configure_logging(options)
 
     async def run() -> int:
         return await Supervisor(options, count).run()
 
-    try:
-        return asyncio.run(run())
-    except BindError as error:
-        return fail(error)
+    return asyncio.run(run())
