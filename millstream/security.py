@@ -6,9 +6,13 @@ A broker says in its documentation which of them it knows; NATS has its own in
 
 from __future__ import annotations
 
+import re
 import ssl
 
 from .errors import SetupError
+
+#: How TLS says that the connection broke meanwhile.
+_PASSING = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 
 
 class BaseSecurity:
@@ -51,6 +55,39 @@ class SASLPlaintext(BaseSecurity):
     ) -> None:
         super().__init__(ssl_context, use_ssl)
         self.username, self.password = username, password
+
+
+def password_of(security: BaseSecurity | None, broker: str) -> SASLPlaintext | None:
+    """The user and password, for a broker that knows no other login.
+
+    Raises:
+        SetupError: another kind of login was given.
+    """
+    if type(security) is SASLPlaintext:  # the others of its kind are no plain passwords
+        return security
+    if security is None or type(security) is BaseSecurity:
+        return None
+    raise SetupError(
+        f"{broker} has no {type(security).__name__}",
+        fix="use SASLPlaintext(username=..., password=...) or BaseSecurity(ssl_context=...)",
+    )
+
+
+def without_secrets(url: str) -> str:
+    """An address without a user, a password or a token."""
+    return re.sub(r"//[^/]*@", "//", url)
+
+
+def tls_fault(error: BaseException) -> str | None:
+    """What is wrong with TLS, where that is the cause of an error; no other attempt mends it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"the server's certificate is not trusted: {cause.verify_message}"
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, _PASSING):
+            return f"TLS failed: {cause.reason or cause}"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 class SASLScram256(SASLPlaintext):

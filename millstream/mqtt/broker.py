@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 from ..broker import Broker, BrokerOptions, known_options
 from ..endpoints import Endpoints, Route, RoutePublisher, Router, asks, declares, produces, sends
 from ..errors import SetupError
-from ..security import BaseSecurity, SASLPlaintext
+from ..security import BaseSecurity, password_of
 from .connection import Settings
 from .driver import MqttDriver
 from .options import MqttPublication, MqttPublish, MqttRequest, MqttSubscription, Will
@@ -142,13 +142,8 @@ def settings_of(url: str, options: dict[str, Any]) -> Settings:
     username = unquote(parts.username) if parts.username is not None else None
     password = unquote(parts.password) if parts.password is not None else None
     context: ssl.SSLContext | None = None
-    if type(security) is SASLPlaintext:  # the others of its kind are no plain passwords
-        username, password = security.username, security.password
-    elif security is not None and type(security) is not BaseSecurity:
-        raise SetupError(
-            f"MQTT has no {type(security).__name__}",
-            fix="use SASLPlaintext(username=..., password=...) or BaseSecurity(ssl_context=...)",
-        )
+    if login := password_of(security, "MQTT"):
+        username, password = login.username, login.password
     if password is not None and username is None:
         username = ""
     if security is not None and security.use_ssl:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 import ssl
@@ -12,7 +13,8 @@ from typing import Any, cast
 import msgspec
 
 from ..errors import ConnectError, NotConnected
-from ..retry import Exponential
+from ..intake import reconnect_delay
+from ..security import tls_fault
 from .wire import (
     CONNACK,
     DISCONNECT,
@@ -356,7 +358,7 @@ class Line:
         self.limits: dict[str, Any] = {}
         self.closed = False
         self._known = False
-        self._task: asyncio.Task[None] | None = None
+        self._reviving: asyncio.Task[None] | None = None
         #: Times that somebody took the session over; connections in a row that did not last.
         self._thefts = self._short = 0
         self._stolen = False
@@ -452,15 +454,8 @@ class Line:
     def _explained(self, error: OSError) -> ConnectError:
         if isinstance(error, ConnectError):
             return error
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, ssl.SSLCertVerificationError):
-                return ConnectError(
-                    f"{self.settings.where}: the server's certificate is not trusted: "
-                    f"{cause.verify_message}",
-                    permanent=True,
-                )
-            cause = cause.__cause__ or cause.__context__
+        if fault := tls_fault(error):
+            return ConnectError(f"{self.settings.where}: {fault}", permanent=True)
         return ConnectError(f"{self.settings.where}: {error or type(error).__name__}")
 
     def told(self, code: int) -> None:
@@ -496,20 +491,18 @@ class Line:
 
     def revive(self) -> None:
         """Connect in the background, for as long as it takes."""
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._reconnect())
+        if self._reviving is None or self._reviving.done():
+            self._reviving = asyncio.get_running_loop().create_task(self._reconnect())
 
     async def _reconnect(self) -> None:
-        backoff = Exponential(0.1, cap=self.settings.reconnect_max, jitter=0.5)
-        attempt = self._short
-        while not self.closed:
-            if attempt:
-                await asyncio.sleep(backoff(attempt))
+        for attempt in itertools.count(self._short):
+            await asyncio.sleep(reconnect_delay(attempt, self.settings.reconnect_max))
             if self._stolen:
                 self._stolen = False
                 wait = min(STAND_BACK * 2 ** (self._thefts - 1), STAND_BACK_MAX)
                 await asyncio.sleep(wait * (1 + random.random() / 2))
-            attempt += 1
+            if self.closed:
+                return
             try:
                 await self._connect()
                 return
@@ -556,9 +549,9 @@ class Line:
     async def close(self) -> None:
         """Disconnect; the will is not sent, the session is kept as long as it was asked for."""
         self.closed = True
-        if self._task is not None and self._task is not asyncio.current_task():
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        if self._reviving is not None and self._reviving is not asyncio.current_task():
+            self._reviving.cancel()
+            await asyncio.wait([self._reviving])
         connection = self.connection
         if connection is not None:
             connection.close("closed", FAREWELL)

@@ -14,10 +14,10 @@ from ..errors import (
     AddressError,
     CapabilityError,
     NoResponders,
-    NotConnected,
     PublishTimeout,
     RequestTimeout,
 )
+from ..intake import Questions, disconnected, not_yet_connected
 from ..message import Message, new_id
 from .connection import Line, Settings
 from .flow import Flow
@@ -74,7 +74,7 @@ class MqttDriver:
         self._down: set[Line] = set()
         #: Addresses of dead letters that were asked for.
         self._letters: set[str] = set()
-        self._asked: dict[str, asyncio.Future[Incoming]] = {}
+        self._asked: Questions[str, Incoming] = Questions()
         self._inbox, self._questions = "", itertools.count(1)
         self._inbox_lock = asyncio.Lock()
 
@@ -140,12 +140,7 @@ class MqttDriver:
 
     def _connected(self) -> Outbox:
         if self.outbox is None:
-            raise NotConnected(
-                f"{self.settings.where} is not connected: start the broker, or "
-                "`await broker.connect()`",
-                state="closed",
-                wanted="connected",
-            )
+            raise not_yet_connected(self.settings.where)
         return self.outbox
 
     # Subscriptions
@@ -226,30 +221,26 @@ class MqttDriver:
                 f"another request waits for its answer at {topic!r} already",
                 fix="leave out reply_to, or ask one after the other",
             )
-        answer: asyncio.Future[Incoming] = loop.create_future()
-        self._asked[topic] = answer
-        late = RequestTimeout(f"no reply from {command.topic!r} within {timeout:g} s")
-        timer = loop.call_later(timeout, _expire, answer, late)
         try:
-            if own:
-                await self._listen(topic, end)
-            asked = MqttPublish(
-                topic=command.topic,
-                qos=command.qos,
-                expiry=command.expiry,
-                reply_to=topic if self.v5 else "",
-                timeout=timeout,
-            )
-            asked.headers = command.headers
-            receipt = await self.publish(asked, data, headers)
-            if receipt is not None and not receipt.heard:
-                raise NoResponders(f"nobody has subscribed to {command.topic!r}")
-            return await answer
-        except PublishTimeout:
-            raise late from None
+            with self._asked.ask(topic, command.topic, end - loop.time()) as answer:
+                if own:
+                    await self._listen(topic, end)
+                asked = MqttPublish(
+                    topic=command.topic,
+                    qos=command.qos,
+                    expiry=command.expiry,
+                    reply_to=topic if self.v5 else "",
+                    timeout=timeout,
+                )
+                asked.headers = command.headers
+                receipt = await self.publish(asked, data, headers)
+                if receipt is not None and not receipt.heard:
+                    raise NoResponders(f"nobody has subscribed to {command.topic!r}")
+                return await answer
+        except PublishTimeout as error:
+            late = f"no reply from {command.topic!r} within {timeout:g} s"
+            raise RequestTimeout(late) from error
         finally:
-            timer.cancel()
-            self._asked.pop(topic, None)
             if own and self.outbox is not None:
                 self.outbox.inboxes.pop(topic, None)
 
@@ -272,9 +263,7 @@ class MqttDriver:
                     lambda mid: write_subscribe(version, mid, [(topic, 1)])
                 )
         except TimeoutError:
-            raise NotConnected(
-                f"{self.settings.where} is not connected: {outbox.reason}", state="disconnected"
-            ) from None
+            raise disconnected(self.settings.where, outbox.reason) from None
         if codes[0] >= 128:
             raise AddressError(
                 f"the server refuses a subscription to {topic!r}, where the answer would come: "
@@ -284,9 +273,7 @@ class MqttDriver:
         outbox.inboxes[topic] = 1
 
     def _answered(self, message: Incoming) -> None:
-        answer = self._asked.get(message.topic)
-        if answer is not None and not answer.done():
-            answer.set_result(message)
+        self._asked.answer(message.topic, message)
 
     def reply_envelope(self) -> type[Message[Any]]:
         return MqttMessage
@@ -319,8 +306,3 @@ def refuse_311(command: MqttPublish) -> None:
                 f"MQTT 3.1.1 has no {name}, which a message to {command.topic!r} was given",
                 fix='use version="5.0", or put it into the body',
             )
-
-
-def _expire(future: asyncio.Future[Any], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..ack import Settlement
 from ..clock import Timer
-from ..driver import CANCELLED, Sink
+from ..driver import Sink
 from ..errors import ConnectError, SetupError
+from ..intake import Feed
 from .attempts import Attempts
 from .connection import Connection, Line
 from .letters import dead_letters_of
@@ -35,15 +36,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("millstream.mqtt")
 
-#: Messages given to the sink in one go before other tasks get a turn.
-TURN = 128
 #: Messages that may wait here before the server has to.
 HIGH = 512
 _ACK, _NACK, _NONE = Settlement.ACK, Settlement.NACK, Settlement.NONE
 _PUBACK, _PUBREC, _PUBCOMP = (bytes((kind, 2)) for kind in (PUBACK, PUBREC, PUBCOMP))
 
 
-class Flow(Line):
+class Flow(Feed, Line):
     """One subscription: a session of its own, so that nobody else's messages hold it up.
 
     Acknowledgements leave in the order in which the messages came, as the standard wants it
@@ -58,14 +57,13 @@ class Flow(Line):
         lost: Callable[[Exception], None],
         client_id: str,
     ) -> None:
-        super().__init__(driver.settings, client_id, driver.changed, driver.report)
-        self.driver, self.spec, self.sink, self.give_up = driver, spec, sink, lost
+        Feed.__init__(self, spec.filter, self._counted, log)
+        Line.__init__(self, driver.settings, client_id, driver.changed, driver.report)
+        self.driver, self.spec, self._deliver, self.give_up = driver, spec, sink, lost
         self.kept = spec.kept and not driver.clean_session
         self.clean_first = self.clean = not self.kept
         self.expiry = int(spec.session_expiry or driver.session_expiry) if self.kept else 0
         self.receive_maximum = min(spec.prefetch, 65_535) if spec.qos else None
-        self.paused = False
-        self._queue: deque[Incoming] = deque()
         #: Unsettled messages in the order they came by this connection.
         self._order: deque[Incoming] = deque()
         #: Unsettled messages that stepped out of that order, by their identifiers.
@@ -77,7 +75,6 @@ class Flow(Line):
         #: QoS 2: identifiers of messages that were handled and whose exchange goes on.
         self._handled: set[int] = set()
         self._epoch = 0
-        self._wake: asyncio.Future[None] | None = None
         self._was_there = False
         letters = dead_letters_of(spec)
         noted = f"{letters}-attempts"
@@ -85,7 +82,6 @@ class Flow(Line):
         #: How topics of its own dead letters and notes begin, where they would come back.
         self._own = (f"{letters}/", f"{noted}/") if own else ()
         self._attempts = Attempts(driver, noted, client_id)
-        self._feeder: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Connect and subscribe; a server that is away just now is waited for.
@@ -94,7 +90,6 @@ class Flow(Line):
             SetupError: the server refuses the subscription.
             ConnectError: it does not let us in.
         """
-        self._feeder = asyncio.get_running_loop().create_task(self._feed())
         try:
             await self.open()
         except ConnectError as error:
@@ -169,17 +164,9 @@ class Flow(Line):
             self._order.append(message)
         elif self._own and message.topic.startswith(self._own):
             return
-        self._put(message)
-        if len(self._queue) > HIGH and self.connection is not None:
+        self.put(message)
+        if len(self.waiting) > HIGH and self.connection is not None:
             self.connection.read_on(False)
-
-    def _put(self, message: Incoming) -> None:
-        self._queue.append(message)
-        wake = self._wake
-        if wake is not None:
-            self._wake = None
-            if not wake.done():
-                wake.set_result(None)
 
     def _known_already(self, message: Incoming) -> bool:
         """Whether this process has a message that is sent again."""
@@ -206,27 +193,19 @@ class Flow(Line):
 
     # To the sink
 
-    async def _feed(self) -> None:
-        loop, sink, given = asyncio.get_running_loop(), self.sink, 0
-        while True:
-            while self._queue:
-                message = self._queue.popleft()
-                try:
-                    if message.flags & DUP and message.count == 1:
-                        # An earlier process had it.
-                        behind = [m for m in self._queue if m.flags & DUP and m.count == 1]
-                        await self._attempts.count([message, *behind])
-                    await sink(message)
-                except Exception:
-                    log.exception("the sink of %r failed", self.spec.destination)
-                given += 1
-                if given % TURN == 0:
-                    await asyncio.sleep(0)
-            connection = self.connection
-            if connection is not None and not connection.reading:
-                connection.read_on(True)
-            self._wake = loop.create_future()
-            await self._wake
+    async def _counted(self, message: Incoming) -> None:
+        if message.flags & DUP and message.count == 1:  # an earlier process had it
+            behind = [m for m in self.waiting if m.flags & DUP and m.count == 1]
+            await self._attempts.count([message, *behind])
+        await self._deliver(message)
+
+    def emptied(self) -> None:
+        connection = self.connection
+        if connection is not None and not connection.reading:
+            connection.read_on(True)
+
+    def ended(self) -> bool:
+        return not self.waiting  # what nobody brings again was left there
 
     # The intake
 
@@ -282,17 +261,10 @@ class Flow(Line):
         self._timers.pop(message, None)
         if not self.paused:
             message.count += 1
-            self._put(message)
-
-    async def touch(self, raw: Any, /) -> None:
-        """No deadline to push back: a session keeps its messages."""
+            self.put(message)
 
     async def begun(self, raw: Incoming, /) -> bool:
         return await self._attempts.begun(raw)
-
-    async def lag(self) -> int | None:
-        """MQTT does not tell."""
-        return None
 
     async def pause(self) -> int:
         if self.paused:
@@ -300,15 +272,15 @@ class Flow(Line):
         if not self.kept:
             await self._unsubscribe()
         self.paused = True
-        back = [message for message in self._queue if message.mid and self.kept]
+        back = [message for message in self.waiting if message.mid and self.kept]
         for message in back:
-            self._queue.remove(message)
+            self.waiting.remove(message)
         waiting = len(back) + len(self._timers)
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
-        while self._queue and asyncio.current_task() is not self._feeder:
-            await asyncio.sleep(0.001)  # what nobody brings again
+        if self.waiting:
+            await self.finish()
         return waiting
 
     async def _unsubscribe(self) -> None:
@@ -321,11 +293,7 @@ class Flow(Line):
             log.debug("%s: %s", topic, error)
 
     async def close(self) -> None:
-        self.paused = True
         self.driver.gone(self)
-        feeder = self._feeder
-        if feeder is not None and feeder is not asyncio.current_task():
-            feeder.cancel()
-            await asyncio.wait([feeder], timeout=CANCELLED)
+        await self.cut_off()
         await self._attempts.close()
         await super().close()

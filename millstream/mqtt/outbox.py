@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from ..errors import MessageTooLarge, NotConnected, PublishError, PublishTimeout
+from ..intake import disconnected
 from .connection import Connection, Line
 from .wire import (
     LARGEST,
@@ -197,11 +198,7 @@ class Outbox(Line):
                 f"no room for a message to {topic!r} within {timeout:g} s: "
                 f"{len(self._sent)} are not confirmed yet"
             )
-        raise NotConnected(
-            f"{self.settings.where} is not connected: {self.reason}",
-            state="disconnected",
-            wanted="connected",
-        )
+        raise disconnected(self.settings.where, self.reason)
 
     def _make_room(self) -> None:
         """Let as many go on as there is room for."""

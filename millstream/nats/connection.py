@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import random
-import re
-import ssl
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -16,6 +13,8 @@ from nats.aio.client import Client, Server
 from nats.errors import Error as NatsError
 
 from ..errors import ConnectError, MissingExtra, SetupError
+from ..intake import reconnect_delay
+from ..security import tls_fault, without_secrets
 from .security import NatsSecurity, guarded
 
 #: Options of nats-py that name a secret or a way to get one, in place of ``security=``.
@@ -52,32 +51,6 @@ def addresses(servers: str | Sequence[str]) -> list[str]:
     return urls
 
 
-def without_secrets(url: str) -> str:
-    """The address without a user, a password or a token."""
-    return re.sub(r"//[^/]*@", "//", url)
-
-
-class Backoff:
-    """Chooses the next server and the wait before it, for nats-py's reconnect.
-
-    At once, then after 0.1, 0.2, 0.4 … seconds, at most ``cap``; each shortened by up to a
-    half at random, so that the clients of a restarted server do not come all at once.
-    """
-
-    def __init__(self, cap: float) -> None:
-        self.cap = cap
-
-    def delay(self, attempt: int) -> float:
-        """Seconds before attempt ``attempt``, counted from 0."""
-        if attempt == 0:
-            return 0.0
-        return min(0.1 * 2.0 ** min(attempt - 1, 32), self.cap) * random.uniform(0.5, 1.0)
-
-    def __call__(self, servers: list[Server], info: dict[str, Any]) -> tuple[Server | None, float]:
-        server = min(servers, key=lambda s: s.reconnects)
-        return server, self.delay(server.reconnects)
-
-
 def client_options(security: NatsSecurity | None, options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of nats-py's ``connect``.
 
@@ -99,7 +72,12 @@ def client_options(security: NatsSecurity | None, options: dict[str, Any]) -> di
     chosen.setdefault("max_reconnect_attempts", -1)
     chosen.setdefault("ping_interval", 20)
     wait = chosen.setdefault("reconnect_time_wait", 2)
-    chosen.setdefault("reconnect_to_server_handler", Backoff(wait))
+
+    def next_server(servers: list[Server], info: dict[str, Any]) -> tuple[Server, float]:
+        server = min(servers, key=lambda s: s.reconnects)
+        return server, reconnect_delay(server.reconnects, wait)
+
+    chosen.setdefault("reconnect_to_server_handler", next_server)
     return chosen
 
 
@@ -189,10 +167,8 @@ def _permanent(error: BaseException) -> str | None:
     text = str(error).lower()
     if "authorization" in text or "authentication" in text:
         return "the server refuses the credentials, or wants some"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the server's certificate is not trusted: {error.verify_message}"
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed: {error.reason or error}"
+    if fault := tls_fault(error):
+        return fault
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
         return f"the credentials file cannot be read: {error.strerror}"
     if type(error).__module__.startswith("nkeys") or isinstance(error, ValueError):

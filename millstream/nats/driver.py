@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -38,16 +39,16 @@ from ..errors import (
     RequestTimeout,
     SetupError,
 )
+from ..intake import Tasks, disconnected, not_yet_connected, reconnect_delay
 from ..message import Message
+from ..security import without_secrets
 from .connection import (
-    Backoff,
     NoJetStream,
     addresses,
     client_options,
     connect,
     discard,
     reason_of,
-    without_secrets,
 )
 from .flow import CoreFlow, Flow, log
 from .jetstream import PullFlow, PushFlow, StreamFlow
@@ -129,7 +130,9 @@ class NatsDriver:
         #: An attempt runs: what its client says of itself ends in the attempt's own error.
         self._opening = False
         self._reason = ""
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks(log)
+        #: Runs something on the side until it is done or the driver closes.
+        self.spawn = self._tasks.spawn
         self._id = secrets.token_hex(4)
         #: Names of consumers that end with this process, by the subscription's identity.
         self._ephemeral: dict[int, tuple[NatsSubscription, str]] = {}
@@ -147,11 +150,7 @@ class NatsDriver:
             NotConnected: before ``connect`` or after ``close``.
         """
         if self._client is None:
-            raise NotConnected(
-                f"not connected to {self.describe()}: `await broker.connect()` comes first",
-                state="not connected",
-                wanted="connected",
-            )
+            raise not_yet_connected(self.describe())
         return self._client
 
     @property
@@ -204,8 +203,7 @@ class NatsDriver:
         self._client = self._replies = self._js = None
         self._ephemeral.clear()
         self._up.clear()
-        for task in list(self._tasks):
-            task.cancel()
+        self._tasks.cancel()
 
     async def ping(self, timeout: float) -> bool:
         return self.connected and await self.flush(timeout)
@@ -286,10 +284,9 @@ class NatsDriver:
 
     async def _revive(self) -> None:
         """A new client in place of one that is closed for good, with the same subscriptions."""
-        backoff, attempt = Backoff(self._options["reconnect_time_wait"]), 1
-        while True:
-            await self.clock.sleep(backoff.delay(attempt))
-            attempt += 1
+        for attempt in itertools.count(1):
+            wait = reconnect_delay(attempt, self._options["reconnect_time_wait"])
+            await self.clock.sleep(wait)
             try:
                 await self._open()
                 for intake in list(self.intakes):
@@ -311,18 +308,6 @@ class NatsDriver:
     def report(self, reason: str) -> None:
         """Tell the application of an error that ends nothing."""
         self.notify("error", reason)
-
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run something on the side until it is done or the driver closes."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.debug("on the side: %r", task.exception())
 
     # Declarations and subscriptions
 
@@ -387,13 +372,8 @@ class NatsDriver:
         while not self._room(size):
             left = end - now()
             if left <= 0:
-                state = "takes no data" if self.connected else "is not connected"
-                reason = f": {self._reason}" if self._reason else ""
-                raise NotConnected(
-                    f"{self.describe()} {state} for {timeout:g} s{reason}",
-                    state="disconnected",
-                    wanted="connected",
-                )
+                reason = "it takes no data" if self.connected else self._reason
+                raise disconnected(self.describe(), reason, timeout)
             if self.connected:
                 await self.clock.sleep(min(ROOM, left))
                 continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,8 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import DEFAULT_SUB_PENDING_BYTES_LIMIT, DEFAULT_SUB_PENDING_MSGS_LIMIT
 from nats.aio.subscription import Subscription as ClientSubscription
 
-from ..ack import Settlement
-from ..driver import CANCELLED, Sink
+from ..driver import Sink
+from ..intake import Feed
 
 if TYPE_CHECKING:
     from .driver import NatsDriver
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("millstream.nats")
 
-#: Messages given to the sink in one go before other tasks get a turn.
-TURN = 128
 #: Seconds that the server may take to confirm that it sends no more.
 LEAVE = 2.0
 
@@ -46,7 +43,7 @@ class Tap(asyncio.Future[Any]):
         self._take(result)
 
 
-class Flow:
+class Flow(Feed):
     """One subscription: a queue, and one task that gives its messages to the sink in order."""
 
     def __init__(
@@ -56,18 +53,9 @@ class Flow:
         sink: Sink,
         lost: Callable[[Exception], None],
     ) -> None:
-        self.driver, self.spec, self.sink, self.lost = driver, spec, sink, lost
-        self.waiting: deque[Any] = deque()
-        #: Messages that the sink took.
-        self.given = 0
-        #: Messages asked for that have not come yet, and when to ask for more: from so few on.
-        self.pending, self.low = 0, -1
-        #: Messages to be taken one by one before anything is fetched ahead again.
-        self.careful = 0
-        self.paused = False
-        self._idle: asyncio.Future[None] | None = None
+        super().__init__(spec.destination, sink, log)
+        self.driver, self.spec, self.lost = driver, spec, lost
         self._sub: ClientSubscription | None = None
-        self._task = asyncio.get_running_loop().create_task(self._work())
 
     async def attach(self) -> None:
         """Subscribe on the driver's present connection."""
@@ -75,45 +63,6 @@ class Flow:
 
     def reconnected(self) -> None:
         """The connection came back; the client has subscribed again by itself."""
-
-    def put(self, raw: Any) -> None:
-        self.waiting.append(raw)
-        if self._idle is not None:
-            self._wake()
-
-    def _wake(self) -> None:
-        idle, self._idle = self._idle, None
-        if idle is not None and not idle.done():
-            idle.set_result(None)
-
-    async def _work(self) -> None:
-        waiting = self.waiting
-        while not (self.paused and self._ended()):
-            if not waiting:
-                self._idle = asyncio.get_running_loop().create_future()
-                await self._idle
-                continue
-            raw = waiting.popleft()
-            if self.pending + len(waiting) <= self.low:
-                await self.refill()
-            try:
-                await self.sink(raw)
-            except Exception:
-                log.exception("the sink of %r failed", self.spec.destination)
-            self.given += 1
-            if self.careful:
-                self.careful -= 1
-                if not (waiting and self.careful):
-                    await self.refill()
-            if self.given % TURN == 0:
-                await asyncio.sleep(0)
-
-    async def refill(self) -> None:
-        """Ask for more; only for subscriptions that ask."""
-
-    def _ended(self) -> bool:
-        """Whether a paused subscription gives its sink nothing more."""
-        return True
 
     async def pause(self) -> int:
         raise NotImplementedError
@@ -127,36 +76,11 @@ class Flow:
             leaving.add_done_callback(lambda task: task.cancelled() or task.exception())
             await asyncio.wait([leaving], timeout=LEAVE)
 
-    async def _finish(self) -> None:
-        """Let the task end by itself; the sink's present call may be the caller."""
-        self.paused = True
-        self._wake()
-        if asyncio.current_task() is not self._task:
-            await asyncio.wait([self._task])
-
     async def close(self) -> None:
         self.paused = True
         self.driver.intakes.discard(self)
         await self._leave()
-        if asyncio.current_task() is not self._task:
-            self._task.cancel()
-            await asyncio.wait([self._task], timeout=CANCELLED)
-
-    async def settle(
-        self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
-    ) -> None:
-        """Nothing to tell: this source knows no acknowledgement."""
-
-    async def touch(self, raw: Any, /) -> None:
-        """No deadline to push back."""
-
-    async def begun(self, raw: Any, /) -> bool:
-        """This source counts no deliveries."""
-        return True
-
-    async def lag(self) -> int | None:
-        """Messages that wait at the server; core NATS keeps none."""
-        return None
+        await self.cut_off()
 
 
 class CoreFlow(Flow):
@@ -169,7 +93,7 @@ class CoreFlow(Flow):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         spec = self.spec
-        self._given_sink, self.sink = self.sink, self._counted
+        self._deliver, self.sink = self.sink, self._counted
         self._most = spec.pending_msgs_limit or DEFAULT_SUB_PENDING_MSGS_LIMIT
         self._most_bytes = spec.pending_bytes_limit or DEFAULT_SUB_PENDING_BYTES_LIMIT
         self._bytes = 0
@@ -196,7 +120,7 @@ class CoreFlow(Flow):
         size = len(msg.data)
         if len(self.waiting) >= self._most or self._bytes + size > self._most_bytes:
             if not self._dropped:
-                self.driver.report(f"{self.spec.destination!r} is too slow: messages are dropped")
+                self.driver.report(f"{self.where!r} is too slow: messages are dropped")
             self._dropped += 1
             return
         self._bytes += size
@@ -205,14 +129,14 @@ class CoreFlow(Flow):
     async def _counted(self, raw: Msg) -> None:
         self._bytes -= len(raw.data)
         if self._dropped and len(self.waiting) < self._most // 2:
-            self.driver.report(f"{self.spec.destination!r} caught up; dropped {self._dropped}")
+            self.driver.report(f"{self.where!r} caught up; dropped {self._dropped}")
             self._dropped = 0
-        await self._given_sink(raw)
+        await self._deliver(raw)
 
-    def _ended(self) -> bool:
+    def ended(self) -> bool:
         return not self.waiting
 
     async def pause(self) -> int:
         await self._leave()
-        await self._finish()
+        await self.finish()
         return 0

@@ -17,6 +17,7 @@ from nats.errors import Error as NatsError
 
 from ..ack import Settlement
 from ..errors import MillstreamError, SetupError
+from ..intake import Window, reconnect_delay
 from ..letters import REPLAY_TO
 from .connection import NoJetStream
 from .consumer import HEARTBEAT, Consumer
@@ -27,16 +28,13 @@ from .stores import entry_of, object_of
 ACK, NAK, TERM, PROGRESS = b"+ACK", b"-NAK", b"+TERM", b"+WPI"
 #: The most messages held ready where the user set no number.
 MOST = 256
-#: Refilling faster than FAST seconds doubles what is held ready, slower than SLOW halves it:
-#: a fast handler is never kept waiting, a slow one hoards no more than a moment's work.
-FAST, SLOW = 0.02, 0.2
 #: Unsettled messages from which on it pays to look for repeated ones.
 CROWD = 4096
 #: Messages taken one by one after one came that a process began and did not finish. If it takes
 #: this process down too, nothing that was only fetched ahead is counted as delivered with it.
 CAREFUL = 4
-#: Seconds to wait before a broken consumer is looked after again, at least and at most.
-PATIENCE = (0.1, 5.0)
+#: Seconds to wait before a broken consumer is looked after again, at most.
+PATIENCE = 5.0
 
 
 class StreamFlow(Flow):
@@ -182,8 +180,7 @@ class StreamFlow(Flow):
     async def _heal(self, reason: str) -> None:
         while self._sick and not self.paused:
             if self._failures:
-                least, most = PATIENCE
-                await self.driver.clock.sleep(min(least * 2**self._failures, most))
+                await self.driver.clock.sleep(reconnect_delay(self._failures, PATIENCE))
             self._failures += 1
             self._sick = False
             try:
@@ -219,12 +216,12 @@ class StreamFlow(Flow):
     def _fail(self, error: Exception) -> None:
         if not self.paused:
             self.paused = True
-            self._wake()
+            self.wake()
             self.lost(error)
 
     # The end
 
-    def _ended(self) -> bool:
+    def ended(self) -> bool:
         # What cannot be handed back is still given to the sink.
         return self.acknowledged or not self.waiting
 
@@ -232,10 +229,10 @@ class StreamFlow(Flow):
         self._stop_tasks()
         if not self.acknowledged:
             await self._leave()
-            await self._finish()
+            await self.finish()
             return 0
         self.paused = True
-        self._wake()
+        self.wake()
         await self._leave()
         back = list(self.waiting)
         self.waiting.clear()
@@ -262,22 +259,23 @@ class PullFlow(StreamFlow):
         spec = self.spec
         self.inbox = self.driver.inbox(spec.inbox_prefix)
         fixed = spec.pull is not None and spec.pull.batch_size is not None
-        self.least = spec.prefetch
-        self.most = self.least if fixed or spec.batch else max(self.least, MOST)
+        least = spec.prefetch
+        most = least if fixed or spec.batch else max(least, MOST)
         if spec.pending_msgs_limit:
-            self.most = min(self.most, spec.pending_msgs_limit)
+            most = min(most, spec.pending_msgs_limit)
         # The first request is for what is begun at once: see CAREFUL.
-        self.target = min(
-            self.least, self.most, spec.lanes * (spec.batch.size if spec.batch else 1)
-        )
+        self.window = Window(spec.lanes * (spec.batch.size if spec.batch else 1), least, most)
+        #: Messages asked for that have not come yet, and when to ask for more: from so few on.
+        self.pending, self.low = 0, -1
+        #: Messages to be taken one by one before anything is fetched ahead again.
+        self.careful = 0
         #: How the address of a message that is delivered for the first time begins.
         self._fresh = " "
-        #: When more was asked for last, and what the sink had taken by then.
-        self._pulled, self._given = 0.0, 0
         # Without acknowledgements a gap shows in the consumer's own numbers.
         self._ordered = spec.watch is not None or spec.ordered_consumer
+        self._deliver, self.sink = self.sink, self._refilled
         if spec.watch is not None:
-            self._given_sink, self.sink = self.sink, self._in_view
+            self._watcher, self._deliver = self._deliver, self._in_view
         self._expected = 1
 
     async def start(self) -> None:
@@ -291,29 +289,21 @@ class PullFlow(StreamFlow):
         """Ask for as much as is missing."""
         if not self.driver.connected:
             return  # healing after the reconnect asks again
-        consumer, now = self.consumer, self.driver.clock.now()
-        most = self.most
-        if self.acknowledged and consumer.max_ack_pending:
-            most = min(most, consumer.max_ack_pending)
-        since = now - self._pulled
-        if since < FAST and self.given > self._given:
-            self.target = min(self.target * 2, most)
-        elif since > SLOW:
-            self.target = max(self.target // 2, min(self.least, most))
+        consumer, window, now = self.consumer, self.window, self.driver.clock.now()
+        window.adapt(now, self.given)
         if self.careful:
-            self.low, self.target = -1, min(self.least, self.spec.lanes)
-        else:
-            if self._pulled:
-                self.target = max(self.target, min(self.least, most))
-            self.low = self.target // 2
-        wanted = self.target - self.pending - len(self.waiting)
+            window.target = min(window.least, self.spec.lanes)
+        target = window.target
+        if self.acknowledged and consumer.max_ack_pending:
+            target = min(target, consumer.max_ack_pending)
+        self.low = -1 if self.careful else target // 2
+        wanted = target - self.pending - len(self.waiting)
         if consumer.max_batch:
             wanted = min(wanted, consumer.max_batch)
         if wanted < 1 or self.paused:
             return
         if not self.pending:
             self.heard = now
-        self._pulled, self._given = now, self.given
         self.pending += wanted
         beat = min(HEARTBEAT, consumer.expires / 2)
         request = b'{"batch":%d,"expires":%d,"idle_heartbeat":%d}'
@@ -340,7 +330,7 @@ class PullFlow(StreamFlow):
                 self._repeated(msg)
         self.waiting.append(msg)
         if self._idle is not None:
-            self._wake()
+            self.wake()
 
     def _repeated(self, msg: Msg) -> None:
         """Be careful with a message that a process had before and this one did not hand back."""
@@ -383,7 +373,7 @@ class PullFlow(StreamFlow):
     async def _in_view(self, msg: Msg) -> None:
         raw = self._view(msg)
         if raw is not None:
-            await self._given_sink(raw)
+            await self._watcher(raw)
 
     def _view(self, msg: Msg) -> Any:
         """What the watcher of a store gets to see; None for what it does not want."""
@@ -392,7 +382,17 @@ class PullFlow(StreamFlow):
             return entry_of(msg, spec.kv)
         return object_of(msg, spec.obj) if spec.obj is not None else msg
 
+    async def _refilled(self, raw: Any) -> None:
+        if self.pending + len(self.waiting) <= self.low:
+            await self.refill()
+        await self._deliver(raw)
+        if self.careful:
+            self.careful -= 1
+            if not (self.waiting and self.careful):
+                await self.refill()
+
     async def refill(self) -> None:
+        """Ask for more, if that is possible now; healing asks otherwise."""
         try:
             await self._pull()
         except MillstreamError as error:
@@ -452,7 +452,7 @@ class PushFlow(StreamFlow):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._given_sink, self.sink = self.sink, self._controlled
+        self._deliver, self.sink = self.sink, self._controlled
         self._count = 0
 
     async def start(self) -> None:
@@ -500,7 +500,7 @@ class PushFlow(StreamFlow):
             with suppress(MillstreamError):
                 await self.driver.send(raw.reply, b"")
         else:
-            await self._given_sink(raw)
+            await self._deliver(raw)
 
     def _silent(self) -> bool:
         beat = self.consumer.heartbeat

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from ..errors import NoResponders, RequestTimeout
+from ..errors import NoResponders
+from ..intake import Questions
 from .flow import Tap
 
 
@@ -22,7 +22,7 @@ class Replies:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._prefix = client.new_inbox() + "."
-        self._waiting: dict[str, asyncio.Future[Msg]] = {}
+        self._asked: Questions[str, Msg] = Questions()
         self._ids = itertools.count()
 
     async def open(self) -> None:
@@ -30,9 +30,7 @@ class Replies:
         await self._client.subscribe(self._prefix + "*", future=Tap(self._arrived))
 
     def _arrived(self, msg: Msg) -> None:
-        future = self._waiting.pop(msg.subject[len(self._prefix) :], None)
-        if future is not None and not future.done():
-            future.set_result(msg)
+        self._asked.answer(msg.subject, msg)
 
     async def ask(
         self, subject: str, data: bytes, headers: dict[str, str] | None, timeout: float
@@ -43,22 +41,10 @@ class Replies:
             RequestTimeout: no reply in time.
             NoResponders: the server says that nobody listens.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Msg] = loop.create_future()
-        token = f"{next(self._ids):x}"
-        self._waiting[token] = future
-        timer = loop.call_later(timeout, _expire, future, subject, timeout)
-        try:
-            await self._client.publish(subject, data, self._prefix + token, headers)
-            reply = await future
-        finally:
-            timer.cancel()
-            self._waiting.pop(token, None)
+        inbox = f"{self._prefix}{next(self._ids):x}"
+        with self._asked.ask(inbox, subject, timeout) as answer:
+            await self._client.publish(subject, data, inbox, headers)
+            reply = await answer
         if reply.headers is not None and reply.headers.get("Status") == "503" and not reply.data:
             raise NoResponders(f"nobody listens to {subject!r}")
         return reply
-
-
-def _expire(future: asyncio.Future[Msg], subject: str, timeout: float) -> None:
-    if not future.done():
-        future.set_exception(RequestTimeout(f"no reply from {subject!r} within {timeout:g} s"))

@@ -26,7 +26,8 @@ from pika.exceptions import (
 from pika.frame import Method, decode_frame
 from pika.spec import Basic, BasicProperties
 
-from ..errors import ConnectError, NotConnected, SetupError
+from ..errors import ConnectError, SetupError
+from ..security import tls_fault, without_secrets
 
 log = logging.getLogger("millstream.rabbit")
 # pika writes several ERRORs for each attempt that fails; what matters is raised or notified by us.
@@ -196,12 +197,6 @@ def addresses(urls: str | Sequence[str], options: dict[str, Any]) -> list[Addres
     return found or [Address("amqp://localhost", options)]
 
 
-def without_secrets(url: str) -> str:
-    """The address without a user and a password."""
-    head, _, tail = url.rpartition("@")
-    return f"{head.split('//', 1)[0]}//{tail}" if head else url
-
-
 async def connect(address: Address, on_close: Callable[[BaseException], None]) -> Connection:
     """Connect in one attempt; ``on_close`` is called once, when the connection ends.
 
@@ -276,10 +271,8 @@ def _explain(error: BaseException) -> tuple[str, bool]:
         first = seen.args[0] if seen.args and isinstance(seen.args[0], BaseException) else None
         seen = inner if isinstance(inner, BaseException) else first
     for one in chain:
-        if isinstance(one, ssl.SSLCertVerificationError):
-            return f"the server's certificate is not trusted: {one.verify_message}", True
-        if isinstance(one, ssl.SSLError):
-            return f"TLS failed: {one.reason or one}", True
+        if fault := tls_fault(one):
+            return fault, True
         if isinstance(one, ProbableAuthenticationError) or "ACCESS_REFUSED" in str(one):
             return "the server refuses the credentials", True
         if isinstance(one, ProbableAccessDeniedError) or "NOT_ALLOWED" in str(one):
@@ -427,12 +420,3 @@ class Wire:
                 await ended.wait()
         except TimeoutError:
             log.debug("a channel did not close in time")
-
-
-def not_connected(where: str, timeout: float, reason: str) -> NotConnected:
-    """The error of whoever waited in vain for a connection."""
-    return NotConnected(
-        f"{where} is not connected for {timeout:g} s" + (f": {reason}" if reason else ""),
-        state="disconnected",
-        wanted="connected",
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from pika.spec import BasicProperties
@@ -12,6 +12,7 @@ from ..address import AddressSyntax
 from ..clock import Clock, LoopClock
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import NotConnected
+from ..intake import Tasks, not_yet_connected
 from ..message import Message, new_id
 from .connection import ChannelLost, addresses, log, reason_of
 from .flow import Flow
@@ -87,7 +88,9 @@ class RabbitDriver:
         self._connected = False
         #: Whether it was said that a connection broke, and not yet that all is well again.
         self._broken = False
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks(log)
+        #: Runs something on the side until it is done or the driver closes.
+        self.spawn = self._tasks.spawn
 
     def describe(self) -> str:
         return ", ".join(map(str, self.addresses))
@@ -107,16 +110,9 @@ class RabbitDriver:
         """
         if self.consuming.connection is None and not self.consuming.up.is_set():
             if not self._connected:
-                raise self._not_connected()
+                raise not_yet_connected(self.describe())
             if not self.consuming.reason:
                 await self.consuming.open()
-
-    def _not_connected(self) -> NotConnected:
-        return NotConnected(
-            f"not connected to {self.describe()}: `await broker.connect()` comes first",
-            state="not connected",
-            wanted="connected",
-        )
 
     async def _restored(self) -> None:
         self.topology.forget()
@@ -125,8 +121,7 @@ class RabbitDriver:
         self._connected = False
         for flow in list(self.flows):
             await flow.close()
-        for task in list(self._tasks):
-            task.cancel()
+        self._tasks.cancel()
         await self.consuming.close()
         await self.publishing.close()
 
@@ -166,18 +161,6 @@ class RabbitDriver:
                     self.spawn(result)
             except Exception:
                 log.exception("a callback of the connection failed")
-
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run something on the side until it is done or the driver closes."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("on the side: %r", task.exception())
 
     async def ping(self, timeout: float) -> bool:
         try:
@@ -231,7 +214,7 @@ class RabbitDriver:
         self, command: RabbitPublish, data: bytes, headers: dict[str, str] | None
     ) -> None:
         if not self._connected:
-            raise self._not_connected()
+            raise not_yet_connected(self.describe())
         exchange, key = self.route(command)
         mandatory = not exchange if command.mandatory is None else command.mandatory
         properties = properties_of(command, headers, self._app_id, self.clock.wall)
@@ -247,7 +230,7 @@ class RabbitDriver:
         self, command: RabbitPublish, data: bytes, headers: dict[str, str] | None, timeout: float
     ) -> Any:
         if not self._connected:
-            raise self._not_connected()
+            raise not_yet_connected(self.describe())
         exchange, key = self.route(command)
         properties = properties_of(command, headers, self._app_id, self.clock.wall)
         return await self.outbox.request(exchange, key, data, properties, timeout)

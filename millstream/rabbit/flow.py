@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,9 @@ from pika.exceptions import AMQPError
 from pika.spec import Basic, BasicProperties
 
 from ..ack import Settlement
-from ..driver import CANCELLED, Sink
+from ..driver import Sink
 from ..errors import MillstreamError, SetupError
+from ..intake import Feed, reconnect_delay
 from .connection import ChannelLost, Wire, log
 from .message import CONTROL, DELIVERIES, EXCHANGE, ROUTING_KEY, Delivery, deliveries_before, table
 from .options import milliseconds
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from .driver import RabbitDriver
     from .options import RabbitSubscription
 
-#: Messages given to the sink in one go before other tasks get a turn.
-TURN = 128
 #: The most messages that the server sends ahead where the user set no number.
 MOST = 256
 #: Seconds of work that are sent ahead: a fast handler never waits, a slow one hoards nothing.
@@ -36,8 +34,8 @@ CAREFUL = 4
 LOOK = 20.0
 
 
-class Flow:
-    """A consumer on a channel of its own, a queue, and a task that feeds the sink."""
+class Flow(Feed):
+    """A consumer on a channel of its own, and a queue."""
 
     def __init__(
         self,
@@ -46,14 +44,13 @@ class Flow:
         sink: Sink,
         lost: Callable[[Exception], None],
     ) -> None:
-        self.driver, self.spec, self.sink, self._report = driver, spec, sink, lost
+        super().__init__(spec.destination, self._taken, log)
+        self._deliver = sink
+        self.driver, self.spec, self._report = driver, spec, lost
         self.queue = spec.source.name
         self.streaming = spec.streaming
-        self.waiting: deque[Delivery] = deque()
-        self.paused = False
         self._wire: Wire | None = None
         self._consumer = ""
-        self._idle: asyncio.Future[None] | None = None
         self._healing: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         # Acknowledgements: all tags up to `floor` are told, and those in `told` above it; `done`
@@ -76,13 +73,12 @@ class Flow:
             self.window = channel.prefetch_count
         elif self.streaming:
             self._fixed, self.window = True, max(MOST, spec.prefetch)
-        #: Messages that the sink took, how many and when at the last look at the speed, and with
-        #: which one comes the next.
-        self._given, self._looked, self._look_at = 0, 0, CAREFUL
+        #: Messages that the sink had taken at the last look at the speed, and with which one comes
+        #: the next.
+        self._looked, self._look_at = 0, CAREFUL
         self._since = driver.clock.now()
         #: The offset of the last message of a stream.
         self._offset: int | None = None
-        self._task = asyncio.get_running_loop().create_task(self._work())
 
     # The consumer
 
@@ -126,41 +122,21 @@ class Flow:
         self, channel: Any, method: Basic.Deliver, properties: BasicProperties, body: bytes
     ) -> None:
         self._latest = method.delivery_tag
-        self.waiting.append(Delivery(channel, method, properties, body, self.queue))
-        if self._idle is not None:
-            self._wake()
+        self.put(Delivery(channel, method, properties, body, self.queue))
 
-    def _wake(self) -> None:
-        idle, self._idle = self._idle, None
-        if idle is not None and not idle.done():
-            idle.set_result(None)
+    async def _taken(self, raw: Delivery) -> None:
+        if self.streaming:
+            # It is ours from now on: consumers that begin meanwhile begin behind it.
+            self._offset = int(table(raw)["x-stream-offset"])
+        elif raw.method.redelivered and await self._again(raw):
+            return
+        await self._deliver(raw)
+        if self.streaming:
+            self._streamed(raw)
+        if self.given >= self._look_at:
+            await self._fit()
 
-    async def _work(self) -> None:
-        waiting, streaming = self.waiting, self.streaming
-        while not (self.paused and self._ended()):
-            if not waiting:
-                self._idle = asyncio.get_running_loop().create_future()
-                await self._idle
-                continue
-            raw = waiting.popleft()
-            try:
-                if streaming:
-                    # It is ours from now on: consumers that begin meanwhile begin behind it.
-                    self._offset = int(table(raw)["x-stream-offset"])
-                elif raw.method.redelivered and await self._again(raw):
-                    continue
-                await self.sink(raw)
-                if streaming:
-                    self._streamed(raw)
-            except Exception:
-                log.exception("the sink of %r failed", self.spec.destination)
-            self._given += 1
-            if self._given >= self._look_at:
-                await self._fit()
-            if self._given % TURN == 0:
-                await asyncio.sleep(0)
-
-    def _ended(self) -> bool:
+    def ended(self) -> bool:
         # What cannot be handed back is still given to the sink.
         return not (self.streaming and self.waiting)
 
@@ -177,7 +153,7 @@ class Flow:
         message is published anew with its count, so that one that kills its workers comes to an
         end.
         """
-        self._look_at = self._given + CAREFUL
+        self._look_at = self.given + CAREFUL
         headers = table(raw)
         if "x-delivery-count" in headers:
             return False
@@ -220,12 +196,12 @@ class Flow:
             self._look_at = 2**62
             return
         now = self.driver.clock.now()
-        rate = (self._given - self._looked) / max(now - self._since, 1e-6)
+        rate = (self.given - self._looked) / max(now - self._since, 1e-6)
         full = self._latest - max(self._floor, self._before) >= self.window + sum(
             tag > self._before for tag in self._told
         )
-        self._looked, self._since = self._given, now
-        self._look_at = self._given + max(self.window, CAREFUL)
+        self._looked, self._since = self.given, now
+        self._look_at = self.given + max(self.window, CAREFUL)
         most = max(MOST, self._normal)
         wanted = min(max(int(rate * AHEAD), self._normal), most)
         near = self.window / 4 < wanted < self.window * 2 and self.window >= self._normal
@@ -336,9 +312,6 @@ class Flow:
         except AMQPError as error:
             log.debug("%r: acknowledgements are lost: %s", self.queue, error)
 
-    async def touch(self, raw: Delivery, /) -> None:
-        """No deadline to push back."""
-
     async def begun(self, raw: Delivery, /) -> bool:
         try:
             return await self.driver.topology.begun(raw)
@@ -388,14 +361,13 @@ class Flow:
                 return
             except SetupError as error:
                 self.paused = True
-                self._wake()
+                self.wake()
                 self._report(error)
                 return
             except (ChannelLost, TimeoutError, MillstreamError) as error:
                 log.debug("%r: not back yet: %s", self.queue, error)
             attempt += 1
-            delay = min(0.1 * 2.0 ** min(attempt, 32), self.driver.reconnect_interval)
-            await self.driver.clock.sleep(delay * random.uniform(0.5, 1.0))
+            await self.driver.clock.sleep(reconnect_delay(attempt, self.driver.reconnect_interval))
 
     async def _keep(self) -> None:
         """Notice a consumer that silently died: messages wait, and none comes."""
@@ -420,7 +392,7 @@ class Flow:
 
     async def pause(self) -> int:
         self.paused = True
-        self._wake()
+        self.wake()
         if self._healing is not None and self._healing is not asyncio.current_task():
             self._healing.cancel()
         wire, consumer = self._wire, self._consumer
@@ -431,8 +403,7 @@ class Flow:
             except (ChannelLost, TimeoutError) as error:
                 log.debug("%r: %s", self.queue, error)
         if self.streaming:
-            if asyncio.current_task() is not self._task:
-                await asyncio.wait([self._task])
+            await self.finish()
             return 0
         back = list(self.waiting)
         self.waiting.clear()
@@ -445,15 +416,11 @@ class Flow:
         return len(back)
 
     async def close(self) -> None:
-        self.paused = True
         self.driver.flows.discard(self)
         for task in (self._keeper, self._healing):
             if task is not None and task is not asyncio.current_task():
                 task.cancel()
-        self._wake()
-        if asyncio.current_task() is not self._task:
-            self._task.cancel()
-            await asyncio.wait([self._task], timeout=CANCELLED)
+        await self.cut_off()
         wire = self._wire
         if wire is not None:
             self._flush()

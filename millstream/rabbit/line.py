@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import random
+import itertools
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConnectError
+from ..intake import reconnect_delay
 from .connection import ChannelLost, Connection, Wire, abort, connect, disconnect, log, reason_of
 
 if TYPE_CHECKING:
@@ -116,12 +117,11 @@ class Line:
         self.driver.spawn(self._revive())
 
     async def _revive(self) -> None:
-        driver, attempt = self.driver, 0
-        while not self._closing:
-            if attempt:
-                delay = min(0.1 * 2.0 ** min(attempt - 1, 32), driver.reconnect_interval)
-                await driver.clock.sleep(delay * random.uniform(0.5, 1.0))
-            attempt += 1
+        driver = self.driver
+        for attempt in itertools.count():
+            await driver.clock.sleep(reconnect_delay(attempt, driver.reconnect_interval))
+            if self._closing:
+                return
             try:
                 await self._open()
             except ConnectError as error:

@@ -20,8 +20,9 @@ from ..errors import (
     PublishTimeout,
     RequestTimeout,
 )
+from ..intake import disconnected
 from ..message import new_id
-from .connection import ACCESS_REFUSED, NOT_FOUND, ChannelLost, Wire, not_connected
+from .connection import ACCESS_REFUSED, NOT_FOUND, ChannelLost, Wire
 from .message import Delivery
 from .options import milliseconds
 
@@ -297,7 +298,7 @@ class Outbox:
             left = end - loop.time()
             if left <= 0:
                 if wire is None:
-                    raise not_connected(driver.describe(), timeout, driver.publishing.reason)
+                    raise disconnected(driver.describe(), driver.publishing.reason, timeout)
                 if self._blocked:
                     raise PublishTimeout(
                         f"{driver.describe()} takes no messages: {self._blocked}; "

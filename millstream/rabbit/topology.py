@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..driver import Spec
-from ..errors import MillstreamError, NotConnected, SetupError
+from ..errors import MillstreamError, SetupError
+from ..intake import disconnected
 from .connection import (
     ACCESS_REFUSED,
     NOT_FOUND,
@@ -237,9 +238,7 @@ class Topology:
             )
         if lost.code and _AWAY not in lost.text:
             return SetupError(f"the server refuses the {what}: {lost.text}")
-        return NotConnected(
-            f"{self.driver.describe()}: {lost.text}", state="disconnected", wanted="connected"
-        )
+        return disconnected(self.driver.describe(), lost.text)
 
     # What this driver declares for itself
 

@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from ..broker import Broker, BrokerOptions, known_options
 from ..endpoints import Endpoints, Route, RoutePublisher, Router, asks, declares, produces, sends
-from ..security import BaseSecurity
+from ..security import BaseSecurity, without_secrets
 from .connection import (
     ClusterNetwork,
     Network,
@@ -17,7 +17,6 @@ from .connection import (
     security_options,
     sentinel,
     server,
-    without_secrets,
 )
 from .driver import RedisDriver
 from .formats import MessageFormat

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import ssl
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,17 +23,12 @@ from redis.exceptions import (
 )
 
 from ..errors import ConnectError, SetupError
-from ..security import BaseSecurity, SASLPlaintext
+from ..security import BaseSecurity, password_of, tls_fault, without_secrets
 from .wire import BROKEN, Wire, drop, read, reason_of
 
 #: What a node says that does not have a slot, or not yet.
 MOVED = (MovedError, AskError, ClusterDownError, TryAgainError, MasterDownError)
 Changed = Callable[[bool, str], None]
-
-
-def without_secrets(url: str) -> str:
-    """The address without a user or a password."""
-    return re.sub(r"//[^/]*@", "//", url)
 
 
 def security_options(security: BaseSecurity | None) -> dict[str, Any]:
@@ -46,13 +40,8 @@ def security_options(security: BaseSecurity | None) -> dict[str, Any]:
     if security is None:
         return {}
     options: dict[str, Any] = {}
-    if type(security) is SASLPlaintext:
-        options = {"username": security.username, "password": security.password}
-    elif type(security) is not BaseSecurity:
-        raise SetupError(
-            f"Redis has no {type(security).__name__}",
-            fix="use SASLPlaintext(username=..., password=...) or BaseSecurity(ssl_context=...)",
-        )
+    if login := password_of(security, "Redis"):
+        options = {"username": login.username, "password": login.password}
     if security.use_ssl:
         options["connection_class"] = ContextConnection
         if security.ssl_context is not None:
@@ -242,12 +231,8 @@ def explain(where: str, error: BaseException) -> ConnectError:
     if isinstance(error, AuthenticationError | NoPermissionError) or "WRONGPASS" in text:
         reason = "the server refuses the credentials, or wants some"
         return ConnectError(f"{where}: {reason}", permanent=True)
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            reason = f"the server's certificate is not trusted: {cause.verify_message}"
-            return ConnectError(f"{where}: {reason}", permanent=True)
-        cause = cause.__cause__ or cause.__context__
+    if fault := tls_fault(error):
+        return ConnectError(f"{where}: {fault}", permanent=True)
     if "invalid DB index" in text or "DB index is out of range" in text:
         return ConnectError(f"{where}: {reason_of(error)}", permanent=True)
     return ConnectError(f"{where}: {reason_of(error)}")

@@ -7,7 +7,7 @@ import itertools
 import re
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -30,12 +30,12 @@ from ..errors import (
     NotConnected,
     PublishError,
     PublishTimeout,
-    RequestTimeout,
     SetupError,
 )
+from ..intake import Questions, Tasks, disconnected, not_yet_connected
 from ..message import Message
 from .connection import MOVED, Network, explain
-from .flow import ChannelFlow, Flow, StreamFlow
+from .flow import ChannelFlow, Flow, StreamFlow, log
 from .formats import MessageFormat, PlainMessageFormat
 from .groups import Groups
 from .kept import GroupFlow, ListFlow
@@ -108,10 +108,12 @@ class RedisDriver:
         self._reason = ""
         self._id = secrets.token_hex(5)
         self._members = itertools.count(1)
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks(log)
+        #: Runs something on the side until it is done or the driver closes.
+        self.spawn = self._tasks.spawn
         self._inbox: ChannelFlow | None = None
         self._inbox_lock = asyncio.Lock()
-        self._asked: dict[str, asyncio.Future[Entry]] = {}
+        self._asked: Questions[str, Entry] = Questions()
         self._questions = itertools.count(1)
 
     def describe(self) -> str:
@@ -130,11 +132,7 @@ class RedisDriver:
 
     def _connected(self) -> Network:
         if self._network is None:
-            raise NotConnected(
-                f"not connected to {self._where}: `await broker.connect()` comes first",
-                state="not connected",
-                wanted="connected",
-            )
+            raise not_yet_connected(self._where)
         return self._network
 
     async def connect(self) -> None:
@@ -161,8 +159,7 @@ class RedisDriver:
         if self._inbox is not None:
             await self._inbox.close()
             self._inbox = None
-        for task in list(self._tasks):
-            task.cancel()
+        self._tasks.cancel()
         network, self._network = self._network, None
         self._up.clear()
         if network is not None:
@@ -204,18 +201,6 @@ class RedisDriver:
         elif "WRONGTYPE" in reason:
             fix = "another kind of value is stored there: use another name"
         return SetupError(f"{what}: the server refuses: {reason}", fix=fix)
-
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run something on the side until it is done or the driver closes."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()
 
     async def _look(self) -> None:
         while True:
@@ -293,9 +278,7 @@ class RedisDriver:
                 await wire.up.wait()
 
     def _away(self, reason: str) -> NotConnected:
-        return NotConnected(
-            f"{self._where} is not connected: {reason}", state="disconnected", wanted="connected"
-        )
+        return disconnected(self._where, reason)
 
     def send_now(self, key: str, *args: Any) -> asyncio.Future[Any]:
         """Send a command without waiting for anything; :class:`Lost` if it cannot be sent."""
@@ -428,20 +411,12 @@ class RedisDriver:
     ) -> Entry:
         inbox = await self._open_inbox(timeout)
         reply_to = f"{inbox}{next(self._questions):x}"
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Entry] = loop.create_future()
-        self._asked[reply_to] = future
-        late = RequestTimeout(f"no reply from {command.destination!r} within {timeout:g} s")
-        timer = loop.call_later(timeout, _expire, future, late)
-        try:
+        with self._asked.ask(reply_to, command.destination, timeout) as answer:
             key, args = self.frame(command, data, headers, reply_to)
             heard = await self._publish(key, args, timeout)
             if not heard and args[0] == "PUBLISH" and self.counts_listeners:
                 raise NoResponders(f"nobody listens to {command.destination!r}")
-            return await future
-        finally:
-            timer.cancel()
-            self._asked.pop(reply_to, None)
+            return await answer
 
     async def _open_inbox(self, timeout: float) -> str:
         """Listen to the channels of this connection's replies; how their names begin."""
@@ -464,9 +439,7 @@ class RedisDriver:
         return prefix
 
     async def _answered(self, entry: Entry) -> None:
-        future = self._asked.get(entry.source)
-        if future is not None and not future.done():
-            future.set_result(entry)
+        self._asked.answer(entry.source, entry)
 
     def reply_envelope(self) -> type[Message[Any]]:
         return RedisChannelMessage
@@ -502,11 +475,6 @@ class _Late(NotConnected):
 def _late(future: asyncio.Future[Any]) -> None:
     if not future.done():
         future.set_exception(_Late("no answer in time", state="disconnected"))
-
-
-def _expire(future: asyncio.Future[Any], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
 
 
 def _seen(future: asyncio.Future[Any]) -> None:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 
-from ..ack import Settlement
 from ..driver import CANCELLED, Sink
+from ..intake import BaseIntake, reconnect_delay
 from .formats import BinaryMessageFormatV1, MessageFormat
 from .message import Entry, is_plain, open_fields, open_value
-from .wire import BROKEN, Lost, backoff, cut, drop, read, reason_of
+from .wire import BROKEN, Lost, cut, drop, read, reason_of
 
 if TYPE_CHECKING:
     from .driver import RedisDriver
@@ -22,13 +22,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("millstream.redis")
 
-#: Messages given to the sink in one go before other tasks get a turn.
-TURN = 128
 #: Messages that are read at once, at most, where nobody says it.
 MOST = 256
 
 
-class Flow:
+class Flow(BaseIntake):
     """One subscription with a connection of its own, which comes back by itself."""
 
     def __init__(
@@ -38,17 +36,15 @@ class Flow:
         sink: Sink,
         lost: Callable[[Exception], None],
     ) -> None:
-        self.driver, self.spec, self.sink, self.lost = driver, spec, sink, lost
+        super().__init__(spec.destination, sink, log)
+        self.driver, self.spec, self.lost = driver, spec, lost
         self.name = spec.name
         self.format: type[MessageFormat] = (
             spec.message_format or driver.message_format or BinaryMessageFormatV1
         )
         #: Whether a value without an envelope is its body.
         self.plain = issubclass(self.format, BinaryMessageFormatV1)
-        self.paused = False
         self.connection: AbstractConnection | None = None
-        #: Messages that the sink took.
-        self.given = 0
         self._task: asyncio.Task[None] | None = None
         #: Set once the subscription is in place for the first time, or refused.
         self._begun: asyncio.Future[None] | None = None
@@ -68,7 +64,7 @@ class Flow:
         """Read; after a broken connection on a new one."""
         attempt = 0
         while not self.paused:
-            await asyncio.sleep(backoff(attempt, self.driver.cap))
+            await asyncio.sleep(reconnect_delay(attempt, self.driver.cap))
             attempt += 1
             try:
                 self.connection = await self.driver.dedicated(self.name)
@@ -78,14 +74,14 @@ class Flow:
                 await self._read(self.connection)
             except ResponseError as error:
                 if not self.driver.passing(error):
-                    self._fail(self.driver.refusal(self.spec.destination, error))
+                    self._fail(self.driver.refusal(self.where, error))
                     return
-                log.debug("%s: %s", self.spec.destination, error)
+                log.debug("%s: %s", self.where, error)
             except (*BROKEN, RedisError, Lost) as error:
                 if self._begun is not None and not self._begun.done():
                     self._begun.set_exception(self.driver.explain(error))
                     return
-                log.debug("%s: %s", self.spec.destination, reason_of(error))
+                log.debug("%s: %s", self.where, reason_of(error))
             finally:
                 connection, self.connection = self.connection, None
                 await drop(connection)
@@ -103,16 +99,6 @@ class Flow:
     async def _read(self, connection: AbstractConnection) -> None:
         """Read and give to the sink until the end."""
         raise NotImplementedError
-
-    async def give(self, entry: Any) -> None:
-        """Give one message to the sink."""
-        try:
-            await self.sink(entry)
-        except Exception:
-            log.exception("the sink of %r failed", self.spec.destination)
-        self.given += 1
-        if self.given % TURN == 0:
-            await asyncio.sleep(0)
 
     async def ask(
         self, connection: AbstractConnection, *command: Any, within: float | None = None
@@ -143,22 +129,6 @@ class Flow:
             await asyncio.wait([self._task], timeout=CANCELLED)
         await drop(self.connection)
 
-    async def settle(
-        self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
-    ) -> None:
-        """Nothing to tell: this source knows no acknowledgement."""
-
-    async def touch(self, raw: Any, /) -> None:
-        """No deadline to push back."""
-
-    async def begun(self, raw: Any, /) -> bool:
-        """This source counts no deliveries."""
-        return True
-
-    async def lag(self) -> int | None:
-        """Messages that wait at the server, where it can tell."""
-        return None
-
 
 class ChannelFlow(Flow):
     """A channel or a pattern: the server sends, and keeps nothing."""
@@ -168,7 +138,7 @@ class ChannelFlow(Flow):
         self.pattern = pattern
         self._prefix = "P" if pattern else ""
         self.channel = name or self.name
-        address = self.driver.syntax.compile(self.spec.destination)
+        address = self.driver.syntax.compile(self.where)
         #: Redis's ``*`` takes any text; a placeholder takes what lies between two separators.
         self._matches = address.matcher.fullmatch if address.places else None
         self._heard = 0.0
@@ -222,7 +192,7 @@ class ChannelFlow(Flow):
         try:
             await connection.send_command(*args, check_health=False)
         except (*BROKEN, RedisError) as error:
-            log.debug("%s: %s", self.spec.destination, reason_of(error))
+            log.debug("%s: %s", self.where, reason_of(error))
 
     async def pause(self) -> int:
         self.paused = True

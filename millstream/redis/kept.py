@@ -18,6 +18,7 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, Respon
 from ..ack import Settlement
 from ..driver import CANCELLED
 from ..errors import MillstreamError
+from ..intake import Window, reconnect_delay
 from .flow import MOST, Flow, gone, ids, log
 from .message import Entry, is_plain, open_fields, open_value
 from .options import sibling
@@ -32,11 +33,8 @@ from .scripts import (
     STREAM_TICK,
     unwrap,
 )
-from .wire import BROKEN, Lost, backoff, cut, reason_of
+from .wire import BROKEN, Lost, cut, reason_of
 
-#: Reading more within FAST seconds doubles what is held ready, after SLOW seconds halves it: a
-#: fast handler is never kept waiting, a slow one hoards no more than a moment's work.
-FAST, SLOW = 0.02, 0.2
 #: Seconds between two signs of life, at most.
 BEAT = 1.0
 #: Seconds that the server may take to end a read that waits.
@@ -86,12 +84,11 @@ class Kept(Flow):
         at_once = spec.lanes * (spec.batch.size if spec.batch else 1)
         stream = spec.stream_sub
         fixed = spec.batch is not None or (stream is not None and stream.max_records is not None)
-        self.least = spec.prefetch
-        self.most = self.least if fixed else max(self.least, MOST)
-        #: How many are held ready. The first is what is begun at once: if that ends this process,
-        #: nothing counts as delivered that was only fetched ahead.
-        self.target, self.at_once = min(self.least, self.most, at_once), at_once
-        self._read_at, self._read_given = 0.0, 0
+        least = spec.prefetch
+        self.window, self.at_once = (
+            Window(at_once, least, least if fixed else max(least, MOST)),
+            at_once,
+        )
 
     def key(self, what: str) -> str:
         """The name of a sibling of the source."""
@@ -124,25 +121,16 @@ class Kept(Flow):
             try:
                 if self._missed > 1:
                     await self._recover()
-                if len(self.waiting) > self.target // 2:
+                if len(self.waiting) > self.window.target // 2:
                     self._room.clear()
                     await self._room.wait()
                     continue
-                self._adapt()
-                self._put(await self.take(connection, self.target))
+                self.window.adapt(asyncio.get_running_loop().time(), self.given)
+                self._put(await self.take(connection, self.window.target))
             except ResponseError as error:
                 if not gone(error):
                     raise
                 await self.rebuild()
-
-    def _adapt(self) -> None:
-        now = asyncio.get_running_loop().time()
-        since = now - self._read_at
-        if since < FAST and self.given > self._read_given:
-            self.target = min(self.target * 2, self.most)
-        elif since > SLOW:
-            self.target = max(self.target // 2, min(self.least, self.most))
-        self._read_at, self._read_given = now, self.given
 
     async def take(self, connection: AbstractConnection, count: int) -> list[Entry]:
         """Wait for something new, and take up to ``count`` of it."""
@@ -166,7 +154,7 @@ class Kept(Flow):
             if loop.time() - self.beaten > self.ack_wait:
                 await self._stale()
                 continue
-            if not self._room.is_set() and len(waiting) <= self.target // 2:
+            if not self._room.is_set() and len(waiting) <= self.window.target // 2:
                 self._room.set()
                 await asyncio.sleep(0)  # more is on its way while we work
                 continue
@@ -179,7 +167,7 @@ class Kept(Flow):
         try:
             await self.tick()
         except FAILED as error:
-            log.debug("%s: %s", self.spec.destination, reason_of(error))
+            log.debug("%s: %s", self.where, reason_of(error))
             await asyncio.sleep(PAUSE)
         self._missed = 2  # the reader takes up what is still ours
         if self._room.is_set():  # it waits for something new
@@ -234,14 +222,14 @@ class Kept(Flow):
                         raise
                     await self.rebuild()
             except FAILED as error:
-                log.debug("%s: %s", self.spec.destination, reason_of(error))
+                log.debug("%s: %s", self.where, reason_of(error))
 
     async def tick(self) -> None:
         """Say that we live; take what is due, and what the dead left."""
         loop = asyncio.get_running_loop()
         begin = loop.time()
         self._send_acks()
-        room = 0 if self.paused else max(self.target - len(self.waiting), 0)
+        room = 0 if self.paused else max(self.window.target - len(self.waiting), 0)
         careful = min(room, max(self.at_once - len(self.waiting), 0))
         found, self.more, due, there = await self.claim(room, careful)
         self.beaten = begin
@@ -297,7 +285,7 @@ class Kept(Flow):
         if error is not None:
             self.acks.extend(ids)  # the ticker tries again
             if isinstance(error, ResponseError):
-                self.driver.notify("error", f"{self.spec.destination}: cannot settle: {error}")
+                self.driver.notify("error", f"{self.where}: cannot settle: {error}")
 
     async def flush(self) -> None:
         """Wait until Redis knows what was settled; raises if it cannot be told."""
@@ -327,8 +315,8 @@ class Kept(Flow):
                 await self.nack(ids, max(int((due - loop.time()) * 1000), 0), int(fresh))
                 break
             except FAILED as error:
-                log.debug("%s: not returned yet: %s", self.spec.destination, reason_of(error))
-                await asyncio.sleep(backoff(attempt, self.driver.cap))
+                log.debug("%s: not returned yet: %s", self.where, reason_of(error))
+                await asyncio.sleep(reconnect_delay(attempt, self.driver.cap))
         self.open.difference_update(ids)
         if self._due < 0 or due < self._due:
             self._due = due
@@ -344,7 +332,7 @@ class Kept(Flow):
             fresh = await self.driver.call(self.name, "HSETNX", key, raw.id, 1)
             self.driver.tell(self.name, "EXPIRE", key, NOTES)
         except FAILED as error:
-            log.debug("%s: cannot note: %s", self.spec.destination, reason_of(error))
+            log.debug("%s: cannot note: %s", self.where, reason_of(error))
             return False
         self.noted.add(raw.id)
         return not fresh
@@ -388,7 +376,7 @@ class Kept(Flow):
                 await self.flush()
                 await self.leave()
         except FAILED as error:
-            log.debug("%s: cannot leave: %s", self.spec.destination, reason_of(error))
+            log.debug("%s: cannot leave: %s", self.where, reason_of(error))
 
     async def leave(self) -> None:
         """Say that this member is gone, so that nobody waits for its next sign of life."""
@@ -523,7 +511,7 @@ class ListFlow(Kept):
     async def ensure(self) -> None:
         kind = await self.driver.call(self.name, "TYPE", self.name)
         if kind not in (b"list", b"none"):
-            raise self.driver.refusal(self.spec.destination, ResponseError("WRONGTYPE no list"))
+            raise self.driver.refusal(self.where, ResponseError("WRONGTYPE no list"))
 
     async def take(self, connection: AbstractConnection, count: int) -> list[Entry]:
         if self.dry:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import math
-import random
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -20,6 +20,8 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import BusyLoadingError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from ..intake import reconnect_delay
 
 Make = Callable[[], Awaitable[AbstractConnection]]
 
@@ -64,13 +66,6 @@ def cut(connection: AbstractConnection | None) -> None:
     writer = getattr(connection, "_writer", None)
     if writer is not None:
         writer.transport.abort()
-
-
-def backoff(attempt: int, cap: float) -> float:
-    """Seconds before the attempt to connect, counted from 0: soon, then later, never in step."""
-    if attempt == 0:
-        return 0.0
-    return min(0.05 * 2.0 ** min(attempt - 1, 32), cap) * random.uniform(0.5, 1.0)
 
 
 def reason_of(error: BaseException) -> str:
@@ -219,10 +214,10 @@ class Wire:
             self._changed(self, False, reason)
 
     async def _reconnect(self) -> None:
-        attempt = 0
-        while not self.closed:
-            await asyncio.sleep(backoff(attempt, self._cap))
-            attempt += 1
+        for attempt in itertools.count():
+            await asyncio.sleep(reconnect_delay(attempt, self._cap))
+            if self.closed:
+                return
             try:
                 self._take(await self._make())
             except (*BROKEN, RedisError) as error:

@@ -11,9 +11,10 @@ import pytest
 from millstream.ack import Settlement
 from millstream.errors import ConnectError, NotConnected, PublishTimeout, SetupError
 from millstream.nats import JStream, KvWatch
-from millstream.nats.connection import Backoff, addresses, without_secrets
+from millstream.nats.connection import addresses
 from millstream.nats.driver import NatsDriver
 from millstream.nats.options import NatsPublish, NatsSubscription
+from millstream.security import without_secrets
 from tests.faults.proxy import Proxy
 from tests.helpers import eventually, unique
 from tests.servers import NatsServer, free_port
@@ -341,14 +342,6 @@ async def test_callbacks_of_the_user(nats_server):
     await eventually(lambda: "reconnected_cb" in calls)
     await driver.close()
     assert set(calls) == set(names)
-
-
-def test_backoff_is_capped_and_jittered():
-    backoff = Backoff(2.0)
-    assert backoff.delay(0) == 0
-    for attempt, most in ((1, 0.1), (3, 0.4), (50, 2.0), (5000, 2.0)):
-        delays = {backoff.delay(attempt) for _ in range(50)}
-        assert len(delays) > 10 and all(most / 2 <= d <= most for d in delays)
 
 
 @pytest.mark.parametrize(

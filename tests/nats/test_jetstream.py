@@ -66,7 +66,7 @@ async def test_a_fast_handler_gets_more_at_once(bench):
     await fill(bench, name, 3000)
     taken = await bench.subscribe(name, stream=name, durable="d")
     await taken.count(3000, 20)
-    assert taken.intake.target > 16
+    assert taken.intake.window.target > 16
 
 
 async def test_batch_size_is_what_may_wait_here(bench):
