@@ -181,7 +181,7 @@ def handler(
 @asynccontextmanager
 async def raw(url: str, scenario: str, address: str) -> Contender:
     from millstream.mqtt.broker import settings_of
-    from millstream.mqtt.connection import Line
+    from millstream.mqtt.line import Line
     from millstream.mqtt.outbox import Outbox
     from millstream.mqtt.wire import Incoming, write_subscribe
 

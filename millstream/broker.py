@@ -7,7 +7,7 @@ import difflib
 import enum
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack, cast
 
 import msgspec
 
@@ -120,6 +120,21 @@ def known_options(options: Mapping[str, Any], kind: type, owner: str) -> None:
                 where=caller(),
                 fix=f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(sorted(names))}",
             )
+
+
+def split_options(
+    options: Mapping[str, Any], kind: type, owner: str
+) -> tuple[dict[str, Any], BrokerOptions]:
+    """A broker's own options with its ``publish_timeout``, and those of every broker.
+
+    Raises:
+        SetupError: the TypedDict ``kind`` has no such option.
+    """
+    known_options(options, kind, owner)
+    own = dict(options)
+    common = {key: own.pop(key) for key in BrokerOptions.__annotations__ if key in own}
+    own["publish_timeout"] = common.get("publish_timeout", 5.0)
+    return own, cast(BrokerOptions, common)
 
 
 class Broker(Endpoints):

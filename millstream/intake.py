@@ -161,6 +161,9 @@ class Questions(Generic[K, T]):
     def __contains__(self, key: K) -> bool:
         return key in self._waiting
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
     def ask(self, key: K, where: str, timeout: float) -> _Question[K, T]:
         """``with ask(...) as answer``: send the question, and await the answer.
 

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, Unpack, cast, overload
 
-from ..broker import Broker, BrokerOptions, known_options
+from ..broker import Broker, BrokerOptions, split_options
 from ..driver import SubscriptionSpec
 from ..endpoints import (
     Endpoints,
@@ -225,14 +225,12 @@ class KafkaBroker(KafkaEndpoints, Broker):
         bootstrap_servers: str | Sequence[str] = "localhost:9092",
         **options: Unpack[KafkaConnect],
     ) -> None:
-        given = cast(dict[str, Any], dict(options))
-        known_options(given, KafkaConnect, type(self).__name__)
-        common = {key: given.pop(key) for key in BrokerOptions.__annotations__ if key in given}
+        given, common = split_options(options, KafkaConnect, type(self).__name__)
         given["servers"] = addresses(bootstrap_servers)
         client = given.pop("client", "confluent")
         if client != "confluent":
             raise SetupError(f"client={client!r}", fix="'confluent'")
-        timeout = common.get("publish_timeout", 5.0)
+        timeout = given.pop("publish_timeout")
         age = given.get("metadata_max_age_ms")
         settings, sending = confluent(given), producing(given, timeout)
 
@@ -257,7 +255,7 @@ class KafkaBroker(KafkaEndpoints, Broker):
             transactional=Transactional(name, limit) if name is not None else None,
             largest=given.get("max_request_size") or 1_048_576,
         )
-        super().__init__(driver, **cast(BrokerOptions, common))
+        super().__init__(driver, **common)
         self._transactional = name is not None
 
     def compile(self) -> None:

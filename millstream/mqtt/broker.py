@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack
 from urllib.parse import unquote, urlsplit
 
-from ..broker import Broker, BrokerOptions, known_options
+from ..broker import Broker, BrokerOptions, split_options
 from ..endpoints import Endpoints, Route, RoutePublisher, Router, asks, declares, produces, sends
 from ..errors import SetupError
 from ..security import BaseSecurity, password_of
@@ -24,6 +24,11 @@ _SCHEMES = {
     "ssl": (True, 8883),
     "tls": (True, 8883),
 }
+#: Options of the driver; the others are of its connections.
+_OWN = (
+    *("client_id", "clean_session", "session_expiry", "will"),
+    *("reply_prefix", "publish_timeout"),
+)
 _VERSIONS = {"5.0": V5, "5": V5, "3.1.1": V311}
 
 
@@ -98,14 +103,9 @@ class MqttBroker(MqttEndpoints, Broker):
         driver: MqttDriver
 
     def __init__(self, url: str = "mqtt://localhost:1883", **options: Unpack[MqttConnect]) -> None:
-        given = cast(dict[str, Any], dict(options))
-        known_options(given, MqttConnect, type(self).__name__)
-        common = {key: given.pop(key) for key in BrokerOptions.__annotations__ if key in given}
-        settings = settings_of(url, given)
-        names = ("client_id", "clean_session", "session_expiry", "will", "reply_prefix")
-        own = {name: given[name] for name in names if name in given}
-        own["publish_timeout"] = common.get("publish_timeout", 5.0)
-        super().__init__(MqttDriver(settings, **own), **cast(BrokerOptions, common))
+        given, common = split_options(options, MqttConnect, type(self).__name__)
+        own = {name: given[name] for name in _OWN if name in given}
+        super().__init__(MqttDriver(settings_of(url, given), **own), **common)
 
     @property
     def client_id(self) -> str:

@@ -19,10 +19,11 @@ from ..errors import (
 )
 from ..intake import Questions, disconnected, not_yet_connected
 from ..message import Message, new_id
-from .connection import Line, Settings
+from .connection import Settings
 from .flow import Flow
 from .identity import give_back, host, passing_host, passing_id, session_id, take, worker
 from .letters import MqttLetters, dead_letters_of, letter_id
+from .line import Line
 from .message import MqttMessage, properties_of
 from .options import SYNTAX, MqttPublish, MqttSubscription, Will
 from .outbox import Outbox, Receipt
@@ -74,7 +75,7 @@ class MqttDriver:
         self._down: set[Line] = set()
         #: Addresses of dead letters that were asked for.
         self._letters: set[str] = set()
-        self._asked: Questions[str, Incoming] = Questions()
+        self.asked: Questions[str, Incoming] = Questions()
         self._inbox, self._questions = "", itertools.count(1)
         self._inbox_lock = asyncio.Lock()
 
@@ -216,13 +217,13 @@ class MqttDriver:
                 fix='use version="5.0", or agree on a topic and give it as reply_to=',
             )
         topic = own or f"{await self._open_inbox(end)}/{next(self._questions):x}"
-        if topic in self._asked:
+        if topic in self.asked:
             raise CapabilityError(
                 f"another request waits for its answer at {topic!r} already",
                 fix="leave out reply_to, or ask one after the other",
             )
         try:
-            with self._asked.ask(topic, command.topic, end - loop.time()) as answer:
+            with self.asked.ask(topic, command.topic, end - loop.time()) as answer:
                 if own:
                     await self._listen(topic, end)
                 asked = MqttPublish(
@@ -273,7 +274,7 @@ class MqttDriver:
         outbox.inboxes[topic] = 1
 
     def _answered(self, message: Incoming) -> None:
-        self._asked.answer(message.topic, message)
+        self.asked.answer(message.topic, message)
 
     def reply_envelope(self) -> type[Message[Any]]:
         return MqttMessage

@@ -14,8 +14,9 @@ from ..driver import Sink
 from ..errors import ConnectError, SetupError
 from ..intake import Feed
 from .attempts import Attempts
-from .connection import Connection, Line
+from .connection import Connection
 from .letters import dead_letters_of
+from .line import Line
 from .wire import (
     DUP,
     PUBACK,

@@ -17,8 +17,9 @@ from ..errors import NoLetters, NoResponders, NotConnected, PublishTimeout
 from ..letters import Letter
 from ..message import Link, new_id
 from ..retry import DeadLetter
-from .connection import Connection, Line
+from .connection import Connection
 from .identity import passing_id
+from .line import Line
 from .message import MqttMessage
 from .options import MqttPublish
 from .wire import PUBACK, Incoming, reason_of, topic_bytes, write_packet, write_subscribe

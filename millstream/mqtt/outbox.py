@@ -11,7 +11,8 @@ import msgspec
 
 from ..errors import MessageTooLarge, NotConnected, PublishError, PublishTimeout
 from ..intake import disconnected
-from .connection import Connection, Line
+from .connection import Connection
+from .line import Line
 from .wire import (
     LARGEST,
     NO_TAKER,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack
 
 from nats.aio.client import Client
 from nats.js import JetStreamContext
@@ -12,7 +12,7 @@ from nats.js.api import Placement, RePublish, StorageType
 from nats.js.kv import KeyValue
 from nats.js.object_store import ObjectStore
 
-from ..broker import Broker, BrokerOptions, known_options
+from ..broker import Broker, BrokerOptions, split_options
 from ..endpoints import Endpoints, Route, RoutePublisher, Router, asks, declares, produces, sends
 from .driver import NatsDriver
 from .options import NatsPublication, NatsPublish, NatsRequest, NatsSubscription
@@ -123,12 +123,8 @@ class NatsBroker(NatsEndpoints, Broker):
         servers: str | Sequence[str] = "nats://localhost:4222",
         **options: Unpack[NatsConnect],
     ) -> None:
-        known_options(options, NatsConnect, type(self).__name__)
-        given = dict(options)
-        common = {key: given.pop(key) for key in BrokerOptions.__annotations__ if key in given}
-        timeout: Any = common.get("publish_timeout", 5.0)
-        driver = NatsDriver(servers, publish_timeout=timeout, **cast(dict[str, Any], given))
-        super().__init__(driver, **cast(BrokerOptions, common))
+        own, common = split_options(options, NatsConnect, type(self).__name__)
+        super().__init__(NatsDriver(servers, **own), **common)
 
     @property
     def connection(self) -> Client:

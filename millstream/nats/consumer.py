@@ -140,7 +140,7 @@ class Consumer:
 
     async def info(self) -> dict[str, Any]:
         """What the server says about the consumer; raises if there is none."""
-        return dict(await self.driver.api(f"CONSUMER.INFO.{self.stream}.{self.name}"))
+        return dict(await self.driver.outbox.api(f"CONSUMER.INFO.{self.stream}.{self.name}"))
 
     async def _find(self) -> dict[str, Any] | None:
         try:
@@ -238,7 +238,7 @@ class Consumer:
             path += f".{config['filter_subject']}"
         request = {"stream_name": self.stream, "config": config, "action": ""}
         try:
-            return dict(await self.driver.api(path, request))
+            return dict(await self.driver.outbox.api(path, request))
         except NotFoundError:
             raise
         except APIError as error:

@@ -48,7 +48,7 @@ class NatsLetters:
         while left is None or left > 0:
             request = {"seq": sequence + 1, "next_by_subj": self.address}
             try:
-                found = (await self.driver.api(path, request))["message"]
+                found = (await self.driver.outbox.api(path, request))["message"]
             except NotFoundError:
                 return
             sequence, left = found["seq"], None if left is None else left - 1
@@ -65,13 +65,13 @@ class NatsLetters:
 
     async def count(self) -> int:
         path, request = f"STREAM.INFO.{await self._owner()}", {"subjects_filter": self.address}
-        state = (await self.driver.api(path, request))["state"]
+        state = (await self.driver.outbox.api(path, request))["state"]
         return int((state.get("subjects") or {}).get(self.address, 0))
 
     async def remove(self, id: str) -> bool:
         path = f"STREAM.MSG.DELETE.{await self._owner()}"
         try:
-            await self.driver.api(path, {"seq": int(id), "no_erase": True})
+            await self.driver.outbox.api(path, {"seq": int(id), "no_erase": True})
         except APIError as error:
             if error.err_code in _GONE:
                 return False

@@ -22,7 +22,7 @@ class Replies:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._prefix = client.new_inbox() + "."
-        self._asked: Questions[str, Msg] = Questions()
+        self.asked: Questions[str, Msg] = Questions()
         self._ids = itertools.count()
 
     async def open(self) -> None:
@@ -30,7 +30,7 @@ class Replies:
         await self._client.subscribe(self._prefix + "*", future=Tap(self._arrived))
 
     def _arrived(self, msg: Msg) -> None:
-        self._asked.answer(msg.subject, msg)
+        self.asked.answer(msg.subject, msg)
 
     async def ask(
         self, subject: str, data: bytes, headers: dict[str, str] | None, timeout: float
@@ -42,7 +42,7 @@ class Replies:
             NoResponders: the server says that nobody listens.
         """
         inbox = f"{self._prefix}{next(self._ids):x}"
-        with self._asked.ask(inbox, subject, timeout) as answer:
+        with self.asked.ask(inbox, subject, timeout) as answer:
             await self._client.publish(subject, data, inbox, headers)
             reply = await answer
         if reply.headers is not None and reply.headers.get("Status") == "503" and not reply.data:

@@ -111,7 +111,7 @@ class Streams:
 
     async def info(self, name: str) -> dict[str, Any]:
         """The stream's description, in the words of the JetStream API."""
-        return await self.driver.api(f"STREAM.INFO.{name}")
+        return await self.driver.outbox.api(f"STREAM.INFO.{name}")
 
     async def _realise(self, wanted: Wanted) -> None:
         name = wanted.name
@@ -152,7 +152,7 @@ class Streams:
     async def _put(self, action: str, config: dict[str, Any]) -> None:
         name = config["name"]
         try:
-            await self.driver.api(f"STREAM.{action.upper()}.{name}", config)
+            await self.driver.outbox.api(f"STREAM.{action.upper()}.{name}", config)
         except APIError as error:
             if error.err_code == 10058:  # somebody else was faster
                 await self._realise(self.wanted[name])
@@ -173,7 +173,7 @@ class Streams:
 
     async def owner(self, subject: str) -> str | None:
         """The stream that stores messages of a subject."""
-        names = (await self.driver.api("STREAM.NAMES", {"subject": subject})).get("streams")
+        names = (await self.driver.outbox.api("STREAM.NAMES", {"subject": subject})).get("streams")
         return names[0] if names else None
 
     # Dead letters

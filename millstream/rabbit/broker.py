@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack
 
 import pika
 from pika.adapters.asyncio_connection import AsyncioConnection
 
-from ..broker import Broker, BrokerOptions, known_options
+from ..broker import Broker, BrokerOptions, split_options
 from ..endpoints import Endpoints, Route, RoutePublisher, Router, asks, declares, produces, sends
 from ..errors import NotConnected
 from ..security import BaseSecurity
@@ -103,16 +103,12 @@ class RabbitBroker(RabbitEndpoints, Broker):
         url: str | Sequence[str] = "amqp://guest:guest@localhost:5672/",
         **options: Unpack[RabbitConnect],
     ) -> None:
-        known_options(options, RabbitConnect, type(self).__name__)
-        given = dict(options)
-        common = {key: given.pop(key) for key in BrokerOptions.__annotations__ if key in given}
-        given.pop("fail_fast", None)
-        tls = cast("pika.SSLOptions | None", given.pop("ssl_options", None))
+        own, common = split_options(options, RabbitConnect, type(self).__name__)
+        own.pop("fail_fast", None)
+        tls: pika.SSLOptions | None = own.pop("ssl_options", None)
         if tls is not None:
-            given |= {"ssl_context": tls.context, "ssl_hostname": tls.server_hostname}
-        timeout: Any = common.get("publish_timeout", 5.0)
-        driver = RabbitDriver(url, publish_timeout=timeout, **cast(dict[str, Any], given))
-        super().__init__(driver, **cast(BrokerOptions, common))
+            own |= {"ssl_context": tls.context, "ssl_hostname": tls.server_hostname}
+        super().__init__(RabbitDriver(url, **own), **common)
 
     @property
     def connection(self) -> AsyncioConnection:

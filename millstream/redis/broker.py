@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from redis.asyncio import Redis
 
-from ..broker import Broker, BrokerOptions, known_options
+from ..broker import Broker, BrokerOptions, split_options
 from ..endpoints import Endpoints, Route, RoutePublisher, Router, asks, declares, produces, sends
 from ..security import BaseSecurity, without_secrets
 from .connection import (
@@ -104,7 +104,13 @@ class RedisPublisher(RoutePublisher):
 
 
 #: Options that are ours and not redis-py's.
-_OWN = ("message_format", "reconnect_max", "socket_timeout", "health_check_interval")
+_OWN = (
+    "publish_timeout",
+    "message_format",
+    "reconnect_max",
+    "socket_timeout",
+    "health_check_interval",
+)
 
 
 class _RedisBroker(RedisEndpoints, Broker):
@@ -124,10 +130,8 @@ class _RedisBroker(RedisEndpoints, Broker):
         network: type[Network] = Network,
     ) -> None:
         """Make the driver; ``make`` gives redis-py's client for its options."""
-        known_options(options, RedisConnect, type(self).__name__)
-        common = {key: options.pop(key) for key in BrokerOptions.__annotations__ if key in options}
+        options, common = split_options(options, RedisConnect, type(self).__name__)
         own = {key: options.pop(key) for key in _OWN if key in options}
-        own["publish_timeout"] = common.get("publish_timeout", 5.0)
         client_options = {k: v for k, v in options.items() if v is not None and k != "security"}
         client_options |= security_options(options.get("security"))
         client_options.setdefault("protocol", 2)
@@ -141,7 +145,7 @@ class _RedisBroker(RedisEndpoints, Broker):
 
         driver = RedisDriver(reach, where, **own)
         driver.counts_listeners = network is Network
-        super().__init__(driver, **cast(BrokerOptions, common))
+        super().__init__(driver, **common)
 
     @property
     def client(self) -> Redis:

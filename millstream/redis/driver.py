@@ -35,13 +35,14 @@ from ..errors import (
 from ..intake import Questions, Tasks, disconnected, not_yet_connected
 from ..message import Message
 from .connection import MOVED, Network, explain
-from .flow import ChannelFlow, Flow, StreamFlow, log
+from .flow import ChannelFlow, Flow, log
 from .formats import MessageFormat, PlainMessageFormat
 from .groups import Groups
-from .kept import GroupFlow, ListFlow
 from .letters import RedisLetters
+from .lists import ListFlow
 from .message import DATA, STREAM, Entry, RedisChannelMessage
 from .options import SYNTAX, RedisPublish, RedisSubscription, plain_name, split
+from .streams import GroupFlow, StreamFlow
 from .wire import Lost, Script, reason_of
 
 #: Bytes of the largest value (redis.io, proto-max-bulk-len).
@@ -113,7 +114,7 @@ class RedisDriver:
         self.spawn = self._tasks.spawn
         self._inbox: ChannelFlow | None = None
         self._inbox_lock = asyncio.Lock()
-        self._asked: Questions[str, Entry] = Questions()
+        self.asked: Questions[str, Entry] = Questions()
         self._questions = itertools.count(1)
 
     def describe(self) -> str:
@@ -411,7 +412,7 @@ class RedisDriver:
     ) -> Entry:
         inbox = await self._open_inbox(timeout)
         reply_to = f"{inbox}{next(self._questions):x}"
-        with self._asked.ask(reply_to, command.destination, timeout) as answer:
+        with self.asked.ask(reply_to, command.destination, timeout) as answer:
             key, args = self.frame(command, data, headers, reply_to)
             heard = await self._publish(key, args, timeout)
             if not heard and args[0] == "PUBLISH" and self.counts_listeners:
@@ -439,7 +440,7 @@ class RedisDriver:
         return prefix
 
     async def _answered(self, entry: Entry) -> None:
-        self._asked.answer(entry.source, entry)
+        self.asked.answer(entry.source, entry)
 
     def reply_envelope(self) -> type[Message[Any]]:
         return RedisChannelMessage

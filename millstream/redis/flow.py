@@ -13,7 +13,7 @@ from redis.exceptions import RedisError, ResponseError
 from ..driver import CANCELLED, Sink
 from ..intake import BaseIntake, reconnect_delay
 from .formats import BinaryMessageFormatV1, MessageFormat
-from .message import Entry, is_plain, open_fields, open_value
+from .message import Entry, open_value
 from .wire import BROKEN, Lost, cut, drop, read, reason_of
 
 if TYPE_CHECKING:
@@ -199,65 +199,6 @@ class ChannelFlow(Flow):
         if self.connection is None and self._task is not None:
             self._task.cancel()
         return await super().pause()
-
-
-class StreamFlow(Flow):
-    """A stream without acknowledgements: by a group, or each process on from where it began."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        sub = self.spec.stream_sub
-        assert sub is not None
-        self.sub, self.group = sub, sub.group
-        self.last = sub.last_id or "$"
-        self.me = self.driver.member(sub.consumer)
-        self.count = sub.max_records or MOST
-
-    async def _attach(self, connection: AbstractConnection) -> None:
-        if self.group is not None:
-            await self.driver.groups.ensure(self.sub)
-        elif self.last == "$":  # as of now, also when the connection breaks before the first entry
-            newest = await self.ask(connection, "XREVRANGE", self.name, "+", "-", "COUNT", 1)
-            self.last = newest[0][0].decode() if newest else "0-0"
-
-    async def _read(self, connection: AbstractConnection) -> None:
-        how = ("COUNT", self.count, "BLOCK", self.driver.block)
-        while not self.paused:
-            command: tuple[Any, ...] = ("XREAD", *how, "STREAMS", self.name, self.last)
-            if self.group is not None:
-                group = ("GROUP", self.group, self.me)
-                command = ("XREADGROUP", *group, *how, "NOACK", "STREAMS", self.name, ">")
-            try:
-                found = await self.ask(connection, *command, within=self.driver.longest)
-            except ResponseError as error:
-                if not gone(error):
-                    raise
-                await self.driver.groups.ensure(self.sub, again=True)
-                continue
-            if not found:
-                if self.group is None:
-                    await self._check(connection)
-                continue
-            for id, fields in found[0][1]:
-                if self.plain and is_plain(fields):
-                    await self.give(Entry(self.name, fields[1], id))
-                else:
-                    await self.give(open_fields(self.name, id, fields, self.format))
-                self.last = id.decode()
-
-    async def _check(self, connection: AbstractConnection) -> None:
-        """A stream that was deleted and made anew counts from wherever it likes."""
-        newest = await self.ask(connection, "XREVRANGE", self.name, "+", "-", "COUNT", 1)
-        if newest and ids(newest[0][0]) < ids(self.last):
-            self.last = "0-0"
-
-    async def _interrupt(self) -> None:
-        cut(self.connection)
-
-    async def close(self) -> None:
-        await super().close()
-        if self.group is not None:
-            self.driver.tell(self.name, "XGROUP", "DELCONSUMER", self.name, self.group, self.me)
 
 
 def gone(error: Exception) -> bool:

@@ -13,26 +13,15 @@ from collections import deque
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from ..ack import Settlement
 from ..driver import CANCELLED
 from ..errors import MillstreamError
 from ..intake import Window, reconnect_delay
-from .flow import MOST, Flow, gone, ids, log
-from .message import Entry, is_plain, open_fields, open_value
+from .flow import MOST, Flow, gone, log
+from .message import Entry
 from .options import sibling
-from .scripts import (
-    LIST_LEAVE,
-    LIST_NACK,
-    LIST_TAKE,
-    LIST_TICK,
-    STREAM_LEAVE,
-    STREAM_MINE,
-    STREAM_NACK,
-    STREAM_TICK,
-    unwrap,
-)
 from .wire import BROKEN, Lost, cut, reason_of
 
 #: Seconds between two signs of life, at most.
@@ -41,8 +30,6 @@ BEAT = 1.0
 LEAVE = 0.5
 #: Seconds before something that failed is tried again.
 PAUSE = 0.1
-#: Milliseconds after which an entry is taken over from a consumer that is not Millstream's.
-FOREIGN = 60_000
 #: Seconds for which the note is kept that a message's last attempt began.
 NOTES = 7 * 86_400
 #: What an answer that does not come is called.
@@ -145,6 +132,10 @@ class Kept(Flow):
     async def _work(self) -> None:
         loop, waiting = asyncio.get_running_loop(), self.waiting
         while not self.paused:
+            if not self._room.is_set() and len(waiting) <= self.window.target // 2:
+                self._room.set()
+                await asyncio.sleep(0)  # more is on its way while we work
+                continue
             if not waiting:
                 if self.more:
                     self._tick_now.set()
@@ -153,10 +144,6 @@ class Kept(Flow):
                 continue
             if loop.time() - self.beaten > self.ack_wait:
                 await self._stale()
-                continue
-            if not self._room.is_set() and len(waiting) <= self.window.target // 2:
-                self._room.set()
-                await asyncio.sleep(0)  # more is on its way while we work
                 continue
             await self.give(waiting.popleft())
 
@@ -381,203 +368,3 @@ class Kept(Flow):
     async def leave(self) -> None:
         """Say that this member is gone, so that nobody waits for its next sign of life."""
         raise NotImplementedError
-
-
-class GroupFlow(Kept):
-    """A group of a stream."""
-
-    def __init__(self, *args: Any) -> None:
-        spec, driver = args[1], args[0]
-        sub = spec.stream_sub
-        assert sub is not None and sub.group is not None
-        member = driver.member(sub.consumer)
-        super().__init__(*args, member=member, ack_wait=sub.ack_wait, parts=(sub.group,))
-        self.sub, self.group = sub, sub.group
-        self.ack = ("XACK", self.name, self.group)
-        idle = sub.min_idle_time if sub.min_idle_time is not None else sub.claim_min_idle_time
-        self.foreign = FOREIGN if idle is None else idle
-        #: The last entry that the group is known to have got, and where other members held some,
-        #: the first that was not settled then.
-        self.last, self.floor = "", b""
-        #: What this process had when the group was made again: it comes once more.
-        self.had: set[bytes] = set()
-
-    @property
-    def reads(self) -> bool:
-        return self.sub.min_idle_time is None
-
-    async def ensure(self) -> None:
-        await self.driver.groups.ensure(self.sub)
-
-    async def rebuild(self) -> None:
-        self.had = self.known()
-        later = await self.driver.call(self.name, "ZRANGE", self.key("later"), 0, -1)
-        await self.driver.groups.ensure(
-            self.sub,
-            again=True,
-            last=self.last,
-            unsettled=[*self.open, *later, *((self.floor,) if self.floor else ())],
-        )
-
-    async def take(self, connection: AbstractConnection, count: int) -> list[Entry]:
-        command = ("XREADGROUP", "GROUP", self.group, self.me, "COUNT", count)
-        how = ("BLOCK", self.driver.block, "STREAMS", self.name, ">")
-        found = await self.ask(connection, *command, *how, within=self.driver.longest)
-        if not found:
-            return []
-        name, plain, entries = self.name, self.plain, found[0][1]
-        self.last = entries[-1][0].decode()
-        out = [
-            Entry(name, fields[1], id)
-            if plain and is_plain(fields)
-            else open_fields(name, id, fields, self.format)
-            for id, fields in entries
-        ]
-        return out if not self.had else [entry for entry in out if self._is_new(entry.id)]
-
-    def _is_new(self, id: bytes) -> bool:
-        if id not in self.had:
-            return True
-        self.had.discard(id)
-        if id not in self.open:  # it was settled, and that was lost with the group
-            self.acks.append(id)
-        return False
-
-    async def claim(self, room: int, dead_room: int) -> tuple[list[Entry], bool, float, int]:
-        keys = (self.name, self.key("alive"), self.key("later"))
-        found, more, due, there, last, self.floor = await self.driver.script(
-            STREAM_TICK,
-            keys,
-            *(self.group, self.me, int(self.ack_wait * 1000), room, dead_room, self.foreign),
-        )
-        if not self.last or ids(last) > ids(self.last):
-            self.last = last.decode()
-        return self._entries(found), bool(more), due, there
-
-    def _entries(self, found: list[Any]) -> list[Entry]:
-        return [
-            open_fields(self.name, id, fields, self.format, count) for id, fields, count in found
-        ]
-
-    async def held(self) -> list[bytes]:
-        command = ("XPENDING", self.name, self.group, "-", "+", 10_000, self.me)
-        return [id for id, *_ in await self.driver.call(self.name, *command)]
-
-    async def fetch(self, ids: list[bytes]) -> list[Entry]:
-        found = await self.driver.script(STREAM_MINE, (self.name,), self.group, self.me, *ids)
-        return self._entries(found)
-
-    async def nack(self, ids: list[bytes], ms: int, fresh: int) -> None:
-        self.had.difference_update(ids)
-        keys = (self.name, self.key("later"))
-        await self.driver.script(STREAM_NACK, keys, self.group, self.me, ms, fresh, *ids)
-
-    async def touch(self, raw: Any, /) -> None:
-        """Make an entry look young to consumers that are not ours; ours go by signs of life."""
-        if asyncio.get_running_loop().time() - self.beaten < self.ack_wait / 2:
-            self.driver.tell(
-                *(self.name, "XCLAIM", self.name, self.group, self.me, 0, raw.id, "JUSTID")
-            )
-
-    async def leave(self) -> None:
-        keys = (self.name, self.key("alive"))
-        await self.driver.script(STREAM_LEAVE, keys, self.group, self.me)
-
-    async def lag(self) -> int | None:
-        later = await self.driver.call(self.name, "ZCARD", self.key("later"))
-        for info in await self.driver.call(self.name, "XINFO", "GROUPS", self.name):
-            group = dict(zip(info[::2], info[1::2], strict=True))
-            if group[b"name"] == self.group.encode():
-                new = group.get(b"lag")
-                return None if new is None else int(new) + later + len(self.waiting)
-        return None
-
-
-class ListFlow(Kept):
-    """A list: what is taken lies in a hash of this process until it is settled."""
-
-    def __init__(self, *args: Any) -> None:
-        spec, driver = args[1], args[0]
-        sub = spec.list_sub
-        assert sub is not None
-        super().__init__(*args, member=driver.member(None), ack_wait=sub.ack_wait, parts=())
-        self.taken, self.next = sibling(self.name, "taken", self.me), self.key("next")
-        self.ack = ("HDEL", self.taken)
-        #: Numbers that no element has yet begin here.
-        self.number = 0
-        #: Whether there was nothing more the last time.
-        self.dry = False
-
-    async def ensure(self) -> None:
-        kind = await self.driver.call(self.name, "TYPE", self.name)
-        if kind not in (b"list", b"none"):
-            raise self.driver.refusal(self.where, ResponseError("WRONGTYPE no list"))
-
-    async def take(self, connection: AbstractConnection, count: int) -> list[Entry]:
-        if self.dry:
-            command = ("BLMOVE", self.name, self.next, "LEFT", "RIGHT", self.driver.block / 1000)
-            try:
-                if await self.ask(connection, *command, within=self.driver.longest) is None:
-                    return []
-            except OutOfMemoryError:  # what is there can be taken all the same
-                await asyncio.sleep(PAUSE)
-        first = self._numbers(count)
-        call = (3, self.name, self.next, self.taken, self.me, first, count)
-        try:
-            found = await self.ask(connection, "EVALSHA", LIST_TAKE.digest, *call)
-        except NoScriptError:
-            found = await self.ask(connection, "EVAL", LIST_TAKE.source, *call)
-        self.dry = len(found) < count
-        return self._entries(first, found)
-
-    def _numbers(self, count: int) -> int:
-        """The first of so many numbers that no element has."""
-        self.number += count
-        return self.number - count
-
-    def _entries(self, first: int, elements: list[bytes]) -> list[Entry]:
-        name, plain, id = self.name, self.plain, f"{self.me}-%d".encode()
-        return [
-            Entry(name, element, id % number)
-            if plain and element[:1] != b"\x89"
-            else open_value(name, element, self.format, id % number)
-            for number, element in enumerate(elements, first)
-        ]
-
-    def _known(self, id: bytes, value: bytes) -> Entry:
-        element, count = unwrap(value)
-        return open_value(self.name, element, self.format, id, count)
-
-    async def claim(self, room: int, dead_room: int) -> tuple[list[Entry], bool, float, int]:
-        first = self._numbers(room)
-        found, again, more, due, there = await self.driver.script(
-            LIST_TICK,
-            (self.next, self.taken, self.key("alive"), self.key("later")),
-            *(self.me, first, int(self.ack_wait * 1000), room, dead_room, self.key("taken:")),
-        )
-        old = [self._known(*pair) for pair in zip(again[::2], again[1::2], strict=True)]
-        return self._entries(first, found) + old, bool(more), due, there
-
-    async def held(self) -> list[bytes]:
-        self.dry = False
-        found: list[bytes] = await self.driver.call(self.name, "HKEYS", self.taken)
-        return sorted(found, key=lambda id: int(id.rpartition(b"-")[2]))
-
-    async def fetch(self, ids: list[bytes]) -> list[Entry]:
-        found = await self.driver.call(self.name, "HMGET", self.taken, *ids)
-        pairs = zip(ids, found, strict=True)
-        return [self._known(id, value) for id, value in pairs if value is not None]
-
-    async def nack(self, ids: list[bytes], ms: int, fresh: int) -> None:
-        keys = (self.name, self.taken, self.key("later"))
-        await self.driver.script(LIST_NACK, keys, ms, fresh, *ids)
-
-    async def leave(self) -> None:
-        keys = (self.name, self.next, self.taken, self.key("alive"))
-        await self.driver.script(LIST_LEAVE, keys, self.me)
-
-    async def lag(self) -> int | None:
-        total = len(self.waiting)
-        for count in (("ZCARD", self.key("later")), ("LLEN", self.name), ("LLEN", self.next)):
-            total += await self.driver.call(self.name, *count)
-        return total

@@ -15,7 +15,8 @@ from millstream.errors import AddressError
 from millstream.message import Link
 from millstream.mqtt import MqttBroker, MqttMessage, wire
 from millstream.mqtt.broker import settings_of
-from millstream.mqtt.connection import Connection, Line
+from millstream.mqtt.connection import Connection
+from millstream.mqtt.line import Line
 from millstream.mqtt.outbox import Outbox
 from millstream.mqtt.wire import V5, V311, Incoming, Malformed
 

@@ -452,7 +452,7 @@ async def test_limits_that_the_server_sets_for_requests(bench):
     config = {"durable_name": "d", "name": "d", "ack_policy": "explicit", "max_batch": 2}
     config |= {"max_expires": 1_000_000_000, "max_waiting": 1}
     request = {"stream_name": name, "config": config}
-    await bench.driver.api(f"CONSUMER.CREATE.{name}.d", request)
+    await bench.driver.outbox.api(f"CONSUMER.CREATE.{name}.d", request)
     taken = await bench.subscribe(name, stream=name, durable="d", pull_sub=PullSub(10))
     assert (taken.intake.consumer.max_batch, taken.intake.consumer.expires) == (2, 1.0)
     await fill(bench, name, 10)

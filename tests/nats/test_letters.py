@@ -76,7 +76,7 @@ async def test_letters_are_read_without_being_consumed(broker: NatsBroker, name:
     assert [letter.id for letter in await read(broker, f"{name}.dlq", 1, found[0].id)] == [
         found[2].id
     ]
-    consumers = await broker.driver.api(f"CONSUMER.NAMES.{name}_dlq")
+    consumers = await broker.driver.outbox.api(f"CONSUMER.NAMES.{name}_dlq")
     assert not consumers["consumers"]
     with pytest.raises(AddressError):
         await broker.driver.letters("a.*").count()
@@ -159,7 +159,7 @@ async def test_a_replay_goes_to_the_handler_that_failed(broker: NatsBroker, name
     assert replayed["ms-error"] == "still wrong" and "ms-traceback" not in replayed
     # All is settled: nothing of it comes again.
     for durable in ("one", "two", "three", "four"):
-        info = await broker.driver.api(f"CONSUMER.INFO.{name}.{durable}")
+        info = await broker.driver.outbox.api(f"CONSUMER.INFO.{name}.{durable}")
         assert (info["num_ack_pending"], info["num_pending"]) == (0, 0)
 
 

@@ -74,7 +74,7 @@ class MqttTopic(Source):
         return {"shared": "answering", "qos": 0}
 
     def asking(self, broker: Any) -> int:
-        return len(broker.driver._asked)
+        return len(broker.driver.asked)
 
     async def dead(self, broker: Any, setup: Setup) -> list[tuple[bytes, dict[str, str]]]:
         found = _look(broker, unique(), f"{self.address(setup)}/dlq/+", keep=0)

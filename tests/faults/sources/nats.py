@@ -64,7 +64,7 @@ class Core(Source):
         return {"queue": "answering"}
 
     def asking(self, broker: Any) -> int:
-        return len(broker.driver._replies._waiting)
+        return len(broker.driver.outbox.replies.asked)
 
     def forbid(self, server: Any, what: str) -> None:
         server.config = LOGINS.format(name=server.server_name, deny=SUBJECTS[what])

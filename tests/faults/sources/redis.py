@@ -50,7 +50,7 @@ class RedisChannel(Source):
         return {}
 
     def asking(self, broker: Any) -> int:
-        return len(broker.driver._asked)
+        return len(broker.driver.asked)
 
     def forbid(self, server: Any, what: str) -> None:
         with SyncRedis(port=server.port) as client:
