@@ -44,6 +44,18 @@ class Address(msgspec.Struct, frozen=True):
         return lambda destination: destination.split(separator)[place]
 
 
+class MatchedAddress(Address, frozen=True):
+    """A template whose placeholders stand anywhere: a group of its matcher each."""
+
+    def extract(self, destination: str) -> dict[str, str]:
+        found = self.matcher.fullmatch(destination) if self.places else None
+        return found.groupdict() if found is not None else {}
+
+    def getter(self, name: str) -> Callable[[str], str]:
+        match = self.matcher.fullmatch
+        return lambda destination: match(destination)[name]  # type: ignore[index]
+
+
 class AddressSyntax(msgspec.Struct, frozen=True):
     """How one kind of broker writes addresses.
 

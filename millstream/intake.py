@@ -10,10 +10,11 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Coroutine, Hashable
+from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Generic, TypeVar
 
 from .ack import Settlement
+from .clock import Clock, LoopClock
 from .driver import CANCELLED, Sink
 from .errors import NotConnected, RequestTimeout
 
@@ -227,6 +228,44 @@ class Tasks:
         """End all of it."""
         for task in list(self._running):
             task.cancel()
+
+
+class BaseDriver:
+    """What a driver has, whatever its broker.
+
+    Args:
+        log: of the broker.
+        publish_timeout: seconds that a publication waits for a lost connection and for its
+            confirmation, where the command does not say it.
+        clock: the time that waits go by.
+    """
+
+    def __init__(
+        self, log: logging.Logger, *, publish_timeout: float = 5.0, clock: Clock | None = None
+    ) -> None:
+        self.publish_timeout = publish_timeout
+        self.clock: Clock = clock or LoopClock()
+        self.notify: Callable[[str, str], None] = lambda event, reason: None
+        #: The live subscriptions; each leaves by itself when it is closed.
+        self.flows: set[Any] = set()
+        self._tasks = Tasks(log)
+        #: Runs something on the side until it is done or the driver closes.
+        self.spawn = self._tasks.spawn
+
+    async def begin(self, flow: Any) -> None:
+        """Start a subscription; one that cannot be started is closed."""
+        self.flows.add(flow)
+        try:
+            await flow.start()
+        except BaseException:
+            await flow.close()
+            raise
+
+    async def end(self) -> None:
+        """Close all subscriptions, and end what runs on the side."""
+        for flow in list(self.flows):
+            await flow.close()
+        self._tasks.cancel()
 
 
 def reconnect_delay(attempt: int, most: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ..address import Address, AddressSyntax
+from ..address import Address, AddressSyntax, MatchedAddress
 from ..driver import Batch, Bindings, Capability, PublicationSpec, PublishCommand, SubscriptionSpec
 from ..errors import AddressError, SetupError
 from ..message import Message
@@ -60,18 +60,6 @@ class TopicPartition(msgspec.Struct, frozen=True):
     declare: bool = True
 
 
-class KafkaAddress(Address, frozen=True):
-    """A topic, several of them, or a pattern."""
-
-    def extract(self, destination: str) -> dict[str, str]:
-        found = self.matcher.fullmatch(destination) if self.places else None
-        return found.groupdict() if found is not None else {}
-
-    def getter(self, name: str) -> Callable[[str], str]:
-        match = self.matcher.fullmatch
-        return lambda destination: match(destination)[name]  # type: ignore[index]
-
-
 class KafkaSyntax(AddressSyntax, frozen=True):
     """Topics, and regular expressions of them.
 
@@ -110,7 +98,7 @@ def _compile(template: str) -> Address:
     wild = raw or bool(places) or "*" in template
     if not wild:
         names = [re.escape(name) for name in template.split(_JOINT)]
-        return KafkaAddress(template, template, {}, ".", re.compile("|".join(names)))
+        return MatchedAddress(template, template, {}, ".", re.compile("|".join(names)))
     try:
         matcher = re.compile(expression.removesuffix("$"))
     except re.error as error:
@@ -118,7 +106,7 @@ def _compile(template: str) -> Address:
     # The client library's own regular expressions know no classes by a letter.
     pattern = pattern.replace(r"\d", "[0-9]").replace(r"\w", "[a-zA-Z0-9_]")
     pattern = pattern if raw else f"^{pattern}$"
-    return KafkaAddress(template, pattern, places, ".", matcher)
+    return MatchedAddress(template, pattern, places, ".", matcher)
 
 
 def _piece(text: str, raw: bool) -> str:

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from ..clock import Clock, LoopClock
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import (
     AddressError,
@@ -17,7 +16,7 @@ from ..errors import (
     PublishTimeout,
     RequestTimeout,
 )
-from ..intake import Questions, disconnected, not_yet_connected
+from ..intake import BaseDriver, Questions, disconnected, not_yet_connected
 from ..message import Message, new_id
 from .connection import Settings
 from .flow import Flow
@@ -35,7 +34,7 @@ log = logging.getLogger("millstream.mqtt")
 SESSION_EXPIRY = 7 * 86_400
 
 
-class MqttDriver:
+class MqttDriver(BaseDriver):
     """The connections to one server: one that publishes, and one for each subscription.
 
     Args:
@@ -64,14 +63,12 @@ class MqttDriver:
         reply_prefix: str = "ms/reply",
         publish_timeout: float = 5.0,
     ) -> None:
+        super().__init__(log, publish_timeout=publish_timeout)
         self.settings, self.client_id = settings, client_id
         self.clean_session, self.session_expiry = clean_session, session_expiry
         self.will = will.packed() if will is not None else None
-        self.reply_prefix, self.publish_timeout = reply_prefix, publish_timeout
-        self.notify: Callable[[str, str], None] = lambda event, reason: None
-        self.clock: Clock = LoopClock()
+        self.reply_prefix = reply_prefix
         self.outbox: Outbox | None = None
-        self._flows: set[Flow] = set()
         self._down: set[Line] = set()
         #: Addresses of dead letters that were asked for.
         self._letters: set[str] = set()
@@ -103,8 +100,7 @@ class MqttDriver:
         self.outbox = outbox
 
     async def close(self) -> None:
-        for flow in list(self._flows):
-            await flow.close()
+        await self.end()
         outbox, self.outbox, self._inbox = self.outbox, None, ""
         if outbox is not None:
             try:
@@ -167,18 +163,13 @@ class MqttDriver:
         else:
             name = passing_id()
         flow = Flow(self, spec, sink, lost, take(self.settings.where, name))
-        self._flows.add(flow)
-        try:
-            await flow.start()
-        except BaseException:
-            await flow.close()
-            raise
+        await self.begin(flow)
         return flow
 
     def gone(self, flow: Flow) -> None:
         """A flow ended."""
-        if flow in self._flows:
-            self._flows.discard(flow)
+        if flow in self.flows:
+            self.flows.discard(flow)
             give_back(self.settings.where, flow.client_id)
         if flow in self._down:
             self.changed(flow, True, "")

@@ -16,7 +16,7 @@ from nats.js import JetStreamContext
 from nats.js.api import PubAck
 
 from ..address import AddressSyntax
-from ..clock import Clock, LoopClock
+from ..clock import Clock
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import (
     ConnectError,
@@ -25,7 +25,7 @@ from ..errors import (
     RequestTimeout,
     SetupError,
 )
-from ..intake import Tasks, not_yet_connected, reconnect_delay
+from ..intake import BaseDriver, not_yet_connected, reconnect_delay
 from ..message import Message
 from ..security import without_secrets
 from .connection import (
@@ -36,7 +36,6 @@ from .connection import (
     reason_of,
 )
 from .flow import CoreFlow, Flow, log
-from .jetstream import StreamFlow
 from .letters import NatsLetters
 from .message import NatsMessage
 from .options import SYNTAX, NatsPublish, NatsSubscription
@@ -53,7 +52,7 @@ LAST = 2.0
 PATIENT = 600
 
 
-class NatsDriver:
+class NatsDriver(BaseDriver):
     """One connection to a NATS server or cluster, by nats-py.
 
     Args:
@@ -82,13 +81,10 @@ class NatsDriver:
         js_options: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        super().__init__(log, publish_timeout=publish_timeout, clock=clock)
         self.urls = addresses(servers)
-        self.clock: Clock = clock or LoopClock()
-        self.publish_timeout = publish_timeout
-        self.notify: Callable[[str, str], None] = lambda event, reason: None
         self.streams = Streams(self)
         self.stores = Stores(self)
-        self.intakes: set[Flow] = set()
         self._callbacks = {key: options.pop(key, None) for key in _CALLBACKS}
         options.setdefault("flush_timeout", publish_timeout)
         self._options = client_options(security, options)
@@ -108,9 +104,6 @@ class NatsDriver:
         self._opening = False
         #: Why the connection broke last.
         self.reason = ""
-        self._tasks = Tasks(log)
-        #: Runs something on the side until it is done or the driver closes.
-        self.spawn = self._tasks.spawn
         self._id = secrets.token_hex(4)
         #: Names of consumers that end with this process, by the subscription's identity.
         self._ephemeral: dict[int, tuple[NatsSubscription, str]] = {}
@@ -209,9 +202,9 @@ class NatsDriver:
         if marker not in reason:
             return
         subject = reason.split(marker, 1)[1].split('"')[1]
-        for intake in list(self.intakes):
-            if isinstance(intake, CoreFlow) and intake.spec.pattern.lower() == subject:
-                intake.deny(SetupError(reason, fix="grant the user the right to subscribe to it"))
+        for flow in list(self.flows):
+            if isinstance(flow, CoreFlow) and flow.spec.pattern.lower() == subject:
+                flow.deny(SetupError(reason, fix="grant the user the right to subscribe to it"))
 
     async def _on_disconnected(self) -> None:
         if self._opening:
@@ -242,8 +235,8 @@ class NatsDriver:
     async def _on_reconnected(self) -> None:
         url = self.present.connected_url if self.present is not None else None
         self.up.set()
-        for intake in list(self.intakes):
-            intake.reconnected()
+        for flow in list(self.flows):
+            flow.reconnected()
         self.notify("reconnected", without_secrets(url.geturl()) if url else self.describe())
         await self._call("reconnected_cb")
 
@@ -267,8 +260,8 @@ class NatsDriver:
             await self.clock.sleep(wait)
             try:
                 await self._open()
-                for intake in list(self.intakes):
-                    await intake.attach()
+                for flow in list(self.flows):
+                    await flow.attach()
             except (ConnectError, NatsError) as error:
                 self.reason = reason_of(error)
                 log.debug("%s", error)
@@ -299,21 +292,11 @@ class NatsDriver:
         self, spec: SubscriptionSpec, sink: Sink, lost: Callable[[Exception], None]
     ) -> Intake:
         assert isinstance(spec, NatsSubscription)
-        kind = CoreFlow if spec.stream_name is None else PushFlow if spec.push else PullFlow
-        flow: CoreFlow | StreamFlow = kind(self, spec, sink, lost)
-        self.intakes.add(flow)
-        try:
-            if isinstance(flow, StreamFlow):
-                await flow.start()
-            else:
-                await flow.attach()
-                await self.flush(API_TIMEOUT)  # the server knows it, or refused it, by now
-                if flow.denied is not None:
-                    raise flow.denied
-                flow.live = True
-        except BaseException:
-            await flow.close()
-            raise
+        kind: type[Flow] = (
+            CoreFlow if spec.stream_name is None else PushFlow if spec.push else PullFlow
+        )
+        flow = kind(self, spec, sink, lost)
+        await self.begin(flow)
         return flow
 
     def inbox(self, prefix: str | bytes) -> str:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("millstream.nats")
 
+#: Seconds that the server may take to know of a subscription, or to refuse it.
+KNOWN = 5.0
 #: Seconds that the server may take to confirm that it sends no more.
 LEAVE = 2.0
 
@@ -57,6 +59,10 @@ class Flow(Feed):
         self.driver, self.spec, self.lost = driver, spec, lost
         self._sub: ClientSubscription | None = None
 
+    async def start(self) -> None:
+        """Begin; raises what cannot heal."""
+        raise NotImplementedError
+
     async def attach(self) -> None:
         """Subscribe on the driver's present connection."""
         raise NotImplementedError
@@ -78,7 +84,7 @@ class Flow(Feed):
 
     async def close(self) -> None:
         self.paused = True
-        self.driver.intakes.discard(self)
+        self.driver.flows.discard(self)
         await self._leave()
         await self.cut_off()
 
@@ -101,6 +107,13 @@ class CoreFlow(Flow):
         self.denied: Exception | None = None
         self.live = False
         self._dropped = 0
+
+    async def start(self) -> None:
+        await self.attach()
+        await self.driver.flush(KNOWN)
+        if self.denied is not None:
+            raise self.denied
+        self.live = True
 
     async def attach(self) -> None:
         spec = self.spec

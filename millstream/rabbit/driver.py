@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 from pika.spec import BasicProperties
 
 from ..address import AddressSyntax
-from ..clock import Clock, LoopClock
+from ..clock import Clock
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import NotConnected
-from ..intake import Tasks, not_yet_connected
+from ..intake import BaseDriver, not_yet_connected
 from ..message import Message, new_id
 from .connection import ChannelLost, addresses, log, reason_of
 from .flow import Flow
@@ -33,7 +33,7 @@ from .security import options_of
 from .topology import Topology
 
 
-class RabbitDriver:
+class RabbitDriver(BaseDriver):
     """The connections to a RabbitMQ server or cluster, by pika.
 
     Args:
@@ -71,26 +71,20 @@ class RabbitDriver:
         clock: Clock | None = None,
         **options: Any,
     ) -> None:
+        super().__init__(log, publish_timeout=publish_timeout, clock=clock)
         self.addresses = addresses(url, {**options, **options_of(security)})
-        self.clock: Clock = clock or LoopClock()
-        self.publish_timeout = publish_timeout
         self.default_channel, self.default_exchange = default_channel, default_exchange
         self._exchange = exchange_name(default_exchange)
         self._app_id = app_id
         self.reconnect_interval = reconnect_interval
         self._on_close, self._on_reconnected = on_close, on_reconnected
-        self.notify: Callable[[str, str], None] = lambda event, reason: None
         self.outbox = Outbox(self)
         self.topology = Topology(self)
         self.publishing = Line(self, self.outbox.attach)
         self.consuming = Line(self, self._restored)
-        self.flows: set[Flow] = set()
         self._connected = False
         #: Whether it was said that a connection broke, and not yet that all is well again.
         self._broken = False
-        self._tasks = Tasks(log)
-        #: Runs something on the side until it is done or the driver closes.
-        self.spawn = self._tasks.spawn
 
     def describe(self) -> str:
         return ", ".join(map(str, self.addresses))
@@ -119,9 +113,7 @@ class RabbitDriver:
 
     async def close(self) -> None:
         self._connected = False
-        for flow in list(self.flows):
-            await flow.close()
-        self._tasks.cancel()
+        await self.end()
         await self.consuming.close()
         await self.publishing.close()
 
@@ -189,15 +181,10 @@ class RabbitDriver:
         assert isinstance(spec, RabbitSubscription)
         await self.consuming_line()
         flow = Flow(self, spec, sink, lost)
-        self.flows.add(flow)
         try:
-            await flow.start()
+            await self.begin(flow)
         except (ChannelLost, TimeoutError) as error:
-            await flow.close()
             raise NotConnected(f"{self.describe()}: {error}", state="disconnected") from error
-        except BaseException:
-            await flow.close()
-            raise
         return flow
 
     # Publishing

@@ -21,7 +21,7 @@ from redis.exceptions import (
 )
 
 from ..address import AddressSyntax
-from ..clock import Clock, LoopClock
+from ..clock import Clock
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import (
     ConnectError,
@@ -32,7 +32,7 @@ from ..errors import (
     PublishTimeout,
     SetupError,
 )
-from ..intake import Questions, Tasks, disconnected, not_yet_connected
+from ..intake import BaseDriver, Questions, disconnected, not_yet_connected
 from ..message import Message
 from .connection import MOVED, Network, explain
 from .flow import ChannelFlow, Flow, log
@@ -55,7 +55,7 @@ ROOM = 0.005
 Reach = Callable[[dict[str, Any], Callable[[bool, str], None]], Network]
 
 
-class RedisDriver:
+class RedisDriver(BaseDriver):
     """Connections to Redis, by redis-py.
 
     Args:
@@ -91,17 +91,14 @@ class RedisDriver:
         health_check_interval: float = 10.0,
         clock: Clock | None = None,
     ) -> None:
-        self._reach, self._where = reach, where
-        self.publish_timeout, self.message_format = publish_timeout, message_format
+        super().__init__(log, publish_timeout=publish_timeout, clock=clock)
+        self._reach, self._where, self.message_format = reach, where, message_format
         self.cap, self.patience = reconnect_max, socket_timeout
         self.interval = health_check_interval
         #: Milliseconds for which a read waits at the server for something new.
         self.block = int(min(BLOCK, health_check_interval) * 1000)
         #: Seconds after which such a read must have ended.
         self.longest = self.block / 1000 + socket_timeout
-        self.clock: Clock = clock or LoopClock()
-        self.notify: Callable[[str, str], None] = lambda event, reason: None
-        self.flows: set[Flow] = set()
         self.groups = Groups(self)
         self.largest = LARGEST
         self._network: Network | None = None
@@ -109,9 +106,6 @@ class RedisDriver:
         self._reason = ""
         self._id = secrets.token_hex(5)
         self._members = itertools.count(1)
-        self._tasks = Tasks(log)
-        #: Runs something on the side until it is done or the driver closes.
-        self.spawn = self._tasks.spawn
         self._inbox: ChannelFlow | None = None
         self._inbox_lock = asyncio.Lock()
         self.asked: Questions[str, Entry] = Questions()
@@ -155,12 +149,10 @@ class RedisDriver:
         self.spawn(self._look())
 
     async def close(self) -> None:
-        for flow in list(self.flows):
-            await flow.close()
+        await self.end()
         if self._inbox is not None:
             await self._inbox.close()
             self._inbox = None
-        self._tasks.cancel()
         network, self._network = self._network, None
         self._up.clear()
         if network is not None:
@@ -332,15 +324,10 @@ class RedisDriver:
             assert channel is not None
             name = SYNTAX.compile(channel.channel).pattern
             flow = ChannelFlow(self, spec, sink, lost, pattern=channel.is_pattern, name=name)
-        self.flows.add(flow)
         try:
-            await flow.start()
+            await self.begin(flow)
         except ResponseError as error:
-            await flow.close()
             raise self.refusal(spec.destination, error) from error
-        except BaseException:
-            await flow.close()
-            raise
         return flow
 
     # Publishing

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from ..address import Address, AddressSyntax
+from ..address import Address, AddressSyntax, MatchedAddress
 from ..driver import Batch, Capability, PublicationSpec, PublishCommand, SubscriptionSpec
 from ..errors import AddressError, SetupError
 from ..message import Message
@@ -27,18 +26,6 @@ ACK_WAIT = 15.0
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
-class RedisAddress(Address, frozen=True):
-    """A channel, a pattern of channels, or the name of a stream or a list."""
-
-    def extract(self, destination: str) -> dict[str, str]:
-        found = self.matcher.fullmatch(destination)
-        return found.groupdict() if found is not None else {}
-
-    def getter(self, name: str) -> Callable[[str], str]:
-        match = self.matcher.fullmatch
-        return lambda destination: match(destination)[name]  # type: ignore[index]
-
-
 class RedisSyntax(AddressSyntax, frozen=True):
     """Redis's patterns (redis.io, PSUBSCRIBE): ``*``, ``?``, ``[abc]``; names have no segments.
 
@@ -53,7 +40,7 @@ class RedisSyntax(AddressSyntax, frozen=True):
 @functools.lru_cache(maxsize=4096)
 def _compile(template: str) -> Address:
     if template.startswith((STREAM, LIST)):
-        return RedisAddress(template, template, {}, ".", re.compile(re.escape(template)))
+        return MatchedAddress(template, template, {}, ".", re.compile(re.escape(template)))
     places: dict[str, int] = {}
     pattern, expression, at = "", "", 0
     for found in _PLACEHOLDER.finditer(template):
@@ -73,7 +60,7 @@ def _compile(template: str) -> Address:
         expression += _glob(before) + f"(?P<{name}>[^.:/]+)"
         at = found.end()
     pattern, expression = pattern + template[at:], expression + _glob(template[at:])
-    return RedisAddress(template, pattern, places, ".", re.compile(expression, re.DOTALL))
+    return MatchedAddress(template, pattern, places, ".", re.compile(expression, re.DOTALL))
 
 
 def _glob(text: str) -> str:

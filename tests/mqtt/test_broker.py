@@ -118,7 +118,7 @@ async def test_what_runs_when_the_connection_breaks_is_not_handled_twice(
     for n in range(3):
         await broker.publish(n, name, qos=qos)
     await eventually(lambda: got)
-    [flow] = broker.driver._flows
+    [flow] = broker.driver.flows
     assert flow.connection is not None
     flow.connection.close("cut")
     await eventually(lambda: flow.up.is_set())
@@ -294,7 +294,7 @@ async def test_sharing_a_session_is_told(mqtt: Any, name: str) -> None:
 
     await broker.start()
     broker.driver.notify = lambda event, reason: said.append(reason)
-    [flow] = broker.driver._flows
+    [flow] = broker.driver.flows
     port = mqtt.url.rpartition(":")[2]
     thief = ["mosquitto_sub", "-p", port, "-V", "5", "-i", f"s-{name}", "-t", "x", "-E"]
     for _ in range(3):

@@ -108,7 +108,7 @@ async def main(url, name):
 
     await broker.start()
     assert "uvloop" in type(asyncio.get_running_loop()).__module__
-    [flow] = broker.driver._flows
+    [flow] = broker.driver.flows
     for n in range(99):
         await broker.publish(n, name, qos=1 + n % 2)
         if n == 50:
