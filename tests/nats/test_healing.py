@@ -143,7 +143,8 @@ async def test_a_deleted_push_consumer_is_noticed(own, options):
 
 
 async def test_a_missing_heartbeat_is_noticed(own, monkeypatch):
-    monkeypatch.setattr("millstream.nats.jetstream.HEARTBEAT", 0.2)
+    for module in ("jetstream", "pull"):
+        monkeypatch.setattr(f"millstream.nats.{module}.HEARTBEAT", 0.2)
     taken = await own.subscribe("s", stream="S", durable="d")
     # The server forgets the request for messages without a word, as after a lost leader.
     inbox = taken.intake.inbox
