@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from ..base import BaseDriver, Questions, disconnected, not_yet_connected
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import (
     AddressError,
@@ -16,7 +17,6 @@ from ..errors import (
     PublishTimeout,
     RequestTimeout,
 )
-from ..intake import BaseDriver, Questions, disconnected, not_yet_connected
 from ..message import Message, new_id
 from .connection import Settings
 from .flow import Flow

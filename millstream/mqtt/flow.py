@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..ack import Settlement
+from ..base import Feed
 from ..clock import Timer
 from ..driver import Sink
 from ..errors import ConnectError, SetupError
-from ..intake import Feed
 from .attempts import Attempts
 from .connection import Connection
 from .letters import dead_letters_of

@@ -9,8 +9,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from ..base import reconnect_delay
 from ..errors import ConnectError, NotConnected
-from ..intake import reconnect_delay
 from ..security import tls_fault
 from .connection import Connection, Settings
 from .wire import FAREWELL, REASONS, TAKEN_OVER, V5, V311, Incoming, reason_of, write_connect

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
+from ..base import disconnected
 from ..errors import MessageTooLarge, NotConnected, PublishError, PublishTimeout
-from ..intake import disconnected
 from .connection import Connection
 from .line import Line
 from .wire import (

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 from nats.aio.client import Client, Server
 from nats.errors import Error as NatsError
 
+from ..base import reconnect_delay
 from ..errors import ConnectError, MissingExtra, SetupError
-from ..intake import reconnect_delay
 from ..security import tls_fault, without_secrets
 from .security import NatsSecurity, guarded
 

@@ -16,6 +16,7 @@ from nats.js import JetStreamContext
 from nats.js.api import PubAck
 
 from ..address import AddressSyntax
+from ..base import BaseDriver, not_yet_connected, reconnect_delay
 from ..clock import Clock
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import (
@@ -25,7 +26,6 @@ from ..errors import (
     RequestTimeout,
     SetupError,
 )
-from ..intake import BaseDriver, not_yet_connected, reconnect_delay
 from ..message import Message
 from ..security import without_secrets
 from .connection import (

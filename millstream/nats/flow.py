@@ -11,8 +11,8 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import DEFAULT_SUB_PENDING_BYTES_LIMIT, DEFAULT_SUB_PENDING_MSGS_LIMIT
 from nats.aio.subscription import Subscription as ClientSubscription
 
+from ..base import Feed
 from ..driver import Sink
-from ..intake import Feed
 
 if TYPE_CHECKING:
     from .driver import NatsDriver

@@ -13,8 +13,8 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from ..ack import Settlement
+from ..base import reconnect_delay
 from ..errors import MillstreamError, SetupError
-from ..intake import reconnect_delay
 from .connection import NoJetStream
 from .consumer import HEARTBEAT, Consumer
 from .flow import Flow, log

@@ -21,6 +21,7 @@ from nats.errors import Error as NatsError
 from nats.js.api import PubAck
 from nats.js.errors import APIError
 
+from ..base import disconnected
 from ..errors import (
     MessageTooLarge,
     MillstreamError,
@@ -29,7 +30,6 @@ from ..errors import (
     PublishTimeout,
     RequestTimeout,
 )
-from ..intake import disconnected
 from .connection import NoJetStream, reason_of
 from .options import NatsPublish
 from .replies import Replies

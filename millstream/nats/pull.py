@@ -11,8 +11,8 @@ from typing import Any
 
 from nats.aio.msg import Msg
 
+from ..base import Window
 from ..errors import MillstreamError, SetupError
-from ..intake import Window
 from ..letters import REPLAY_TO
 from .consumer import HEARTBEAT
 from .flow import Tap, log

@@ -7,8 +7,8 @@ import itertools
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from ..base import Questions
 from ..errors import NoResponders
-from ..intake import Questions
 from .flow import Tap
 
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 from pika.spec import BasicProperties
 
 from ..address import AddressSyntax
+from ..base import BaseDriver, not_yet_connected
 from ..clock import Clock
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import NotConnected
-from ..intake import BaseDriver, not_yet_connected
 from ..message import Message, new_id
 from .connection import ChannelLost, addresses, log, reason_of
 from .flow import Flow

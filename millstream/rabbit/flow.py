@@ -11,9 +11,9 @@ from pika.exceptions import AMQPError
 from pika.spec import Basic, BasicProperties
 
 from ..ack import Settlement
+from ..base import Feed, reconnect_delay
 from ..driver import Sink
 from ..errors import MillstreamError, SetupError
-from ..intake import Feed, reconnect_delay
 from .connection import ChannelLost, Wire, log
 from .message import CONTROL, DELIVERIES, EXCHANGE, ROUTING_KEY, Delivery, deliveries_before, table
 from .options import milliseconds

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from ..base import reconnect_delay
 from ..errors import ConnectError
-from ..intake import reconnect_delay
 from .connection import ChannelLost, Connection, Wire, abort, connect, disconnect, log, reason_of
 
 if TYPE_CHECKING:

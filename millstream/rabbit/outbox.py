@@ -12,6 +12,7 @@ import msgspec
 from pika.exceptions import AMQPError
 from pika.spec import Basic, BasicProperties
 
+from ..base import disconnected
 from ..errors import (
     MessageTooLarge,
     NoResponders,
@@ -20,7 +21,6 @@ from ..errors import (
     PublishTimeout,
     RequestTimeout,
 )
-from ..intake import disconnected
 from ..message import new_id
 from .connection import ACCESS_REFUSED, NOT_FOUND, ChannelLost, Wire
 from .message import Delivery

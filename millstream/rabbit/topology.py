@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ..base import disconnected
 from ..driver import Spec
 from ..errors import MillstreamError, SetupError
-from ..intake import disconnected
 from .connection import (
     ACCESS_REFUSED,
     NOT_FOUND,

@@ -21,6 +21,7 @@ from redis.exceptions import (
 )
 
 from ..address import AddressSyntax
+from ..base import BaseDriver, Questions, disconnected, not_yet_connected
 from ..clock import Clock
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import (
@@ -32,7 +33,6 @@ from ..errors import (
     PublishTimeout,
     SetupError,
 )
-from ..intake import BaseDriver, Questions, disconnected, not_yet_connected
 from ..message import Message
 from .connection import MOVED, Network, explain
 from .flow import ChannelFlow, Flow, log

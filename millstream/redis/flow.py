@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 
+from ..base import BaseIntake, reconnect_delay
 from ..driver import CANCELLED, Sink
-from ..intake import BaseIntake, reconnect_delay
 from .formats import BinaryMessageFormatV1, MessageFormat
 from .message import Entry, open_value
 from .wire import BROKEN, Lost, cut, drop, read, reason_of

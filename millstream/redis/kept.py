@@ -16,9 +16,9 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 
 from ..ack import Settlement
+from ..base import Window, reconnect_delay
 from ..driver import CANCELLED
 from ..errors import MillstreamError
-from ..intake import Window, reconnect_delay
 from .flow import MOST, Flow, gone, log
 from .message import Entry
 from .options import sibling

@@ -21,7 +21,7 @@ from redis.exceptions import BusyLoadingError, ReadOnlyError, RedisError, Respon
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from ..intake import reconnect_delay
+from ..base import reconnect_delay
 
 Make = Callable[[], Awaitable[AbstractConnection]]
 

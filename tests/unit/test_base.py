@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
+from millstream.base import Feed, Questions, Tasks, Window, reconnect_delay
 from millstream.errors import RequestTimeout
-from millstream.intake import Feed, Questions, Tasks, Window, reconnect_delay
 from tests.helpers import eventually
 
 log = logging.getLogger("millstream.test")

@@ -1,4 +1,4 @@
-"""What the drivers' intakes and connections have in common, written once.
+"""What every driver is built on, written once.
 
 Nothing here knows a broker: an intake gives messages to its sink, a window follows the handler's
 speed, questions wait for their answers, and tasks run beside all that until their owner ends.
