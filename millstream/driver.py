@@ -311,6 +311,18 @@ class Undoing(Intake, Protocol):
         """Drop what a failed attempt published; ``raw`` is a list for a batch."""
 
 
+@runtime_checkable
+class Lending(Intake, Protocol):
+    """An intake whose messages may become another process's while they wait in a lane."""
+
+    async def ours(self, raw: Any, /) -> bool:
+        """Whether a message that a lane takes may begin; if not, the intake has taken it back.
+
+        ``raw`` is a list for a batch; what must not begin is removed from it.
+        """
+        ...
+
+
 class Driver(Protocol):
     """One connection to one broker."""
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import enum
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -14,7 +14,7 @@ import msgspec
 from . import killpoints
 from .ack import Settlement
 from .delivery import Delivery
-from .driver import Capability, Intake, Sink, SubscriptionSpec
+from .driver import Capability, Intake, Lending, Sink, SubscriptionSpec
 from .endpoints import Scope
 from .errors import Fenced, SetupError
 from .failure import Failures
@@ -104,6 +104,8 @@ class Subscription:
         self.failing = Failures(self)
         self._intake: Intake | None = None
         self._lanes: Lanes | None = None
+        #: Asked of what waited in a lane, where the source may have lent it to another process.
+        self._ours: Callable[[Any], Awaitable[bool]] | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self.running: set[Message[Any]] = set()
@@ -193,6 +195,8 @@ class Subscription:
             self._keeper = asyncio.create_task(self._keep(wait / 2), name=f"{self.name}-keeper")
 
     async def _deliver_now(self, raw: Any) -> None:
+        if self._ours is not None and not await self._ours(raw):
+            return
         await self.deliver(raw)
 
     async def _subscribe(self, sink: Sink) -> None:
@@ -216,6 +220,7 @@ class Subscription:
         if killpoints.armed():
             intake.settle = killpoints.around("settle", intake.settle)  # type: ignore[method-assign]
         self.link.intake = intake
+        self._ours = intake.ours if isinstance(intake, Lending) else None
         waiting.ready.set()
         if self.state is SubscriptionState.STOPPED:  # while the driver was at it
             await intake.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..ack import Settlement
 from ..driver import CANCELLED, Batch, Capability, Sink
 from ..errors import SetupError
+from ..message import new_id
 from .client import Broken
 from .message import Record
 from .offsets import Commit, Partition, Place, Start, bundles, records
@@ -56,6 +58,11 @@ class Flow:
         self.driver, self.spec, self.sink, self.lost, self.plan = driver, spec, sink, lost, plan
         self.settles = Capability.ACK in spec.capabilities
         self.parts: dict[Place, Partition] = {}
+        #: Partitions that went, with what we know of them, in case that they come back.
+        self._left: dict[Place, Partition] = {}
+        #: What our notes are signed with.
+        self._name = new_id()[-8:]
+        self._confirming = asyncio.Lock()
         #: What was read and not given to the sink.
         self.buffer: deque[Record] = deque()
         self.halted = False
@@ -136,16 +143,31 @@ class Flow:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
-    async def gained(self, starts: Sequence[Start]) -> None:
+    async def gained(self, starts: Sequence[Start]) -> list[Start]:
+        known: dict[Place, Partition] = {}
+        for start in starts:
+            left = self._left.pop(Place(start.topic, start.partition), None)
+            if left is not None and left.signed(start.note):
+                known[left.place] = left
+        await self._end(list(known.values()))
+        begin: list[Start] = []
         for start in starts:
             place = Place(start.topic, start.partition)
-            part = self.parts[place] = self.partition(place, start.offset, start.note)
+            left = known.get(place)
+            part = left.again() if left is not None else self._part(start)
+            self.parts[place] = part
+            begin.append(start._replace(offset=part.next))
             if part.crashes:
                 self._careful_until = asyncio.get_running_loop().time() + CAREFUL_FOR
         self._assigned.set()
         if self.settles and not self.halted:
             self._spawn(self.commit())
         await self._call(("on_assign", "on_partitions_assigned"), starts)
+        return begin
+
+    def _part(self, start: Start) -> Partition:
+        place = Place(start.topic, start.partition)
+        return self.partition(place, start.offset, start.note, self._name)
 
     async def losing(self, places: Sequence[Place], *, gone: bool) -> list[Commit]:
         parts = [self.parts[p] for p in places if p in self.parts]
@@ -158,7 +180,8 @@ class Flow:
             orderly = await self._finish(parts)
         commits = [part.commit(leaving=True) for part in parts]
         for part in parts:
-            part.fenced = True
+            part.leave()
+            self._left[part.place] = part
             self.parts.pop(part.place, None)
         for key, (record, timer) in list(self._later.items()):
             if record.part is not None and record.part.fenced:
@@ -185,6 +208,10 @@ class Flow:
 
         Returns whether what is done of them may be committed.
         """
+        await self._end(parts)
+        return True
+
+    async def _end(self, parts: list[Partition]) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.spec.revoke_timeout_ms / 1000):
                 self._awaited += 1
@@ -194,7 +221,6 @@ class Flow:
                         await self._freed.wait()
                 finally:
                     self._awaited -= 1
-        return True
 
     async def _call(self, names: tuple[str, ...], places: Sequence[Any]) -> None:
         """Call the user's own functions with the partitions."""
@@ -274,12 +300,15 @@ class Flow:
 
     async def _pump(self) -> None:
         count, sink, settles = 0, self.sink, self.settles
-        loop = asyncio.get_running_loop()
+        loop, reader, now = asyncio.get_running_loop(), self.reader, time.monotonic
         while True:
             buffer = self.buffer
             if not buffer or self.halted:
                 self._wake = loop.create_future()
                 await self._wake
+                continue
+            if now() > reader.trusted:
+                await self._confirm()
                 continue
             record = buffer.popleft()
             if self._full and len(buffer) < ROOM:
@@ -298,6 +327,40 @@ class Flow:
             count += 1
             if count % TURN == 0:  # handlers that never wait must not stop all else
                 await asyncio.sleep(0)
+
+    async def _confirm(self) -> None:
+        """Begin nothing before the group has said that we are still in it.
+
+        We stood still, or it does not answer: what waits here may be somebody else's by now, and
+        the library does not know yet. A commit is the question that only a member is answered.
+        """
+        async with self._confirming:
+            while time.monotonic() > self.reader.trusted and not self.halted:
+                try:
+                    await self._ask()
+                except Broken as error:
+                    log.debug("%s: not confirmed: %s", self.spec.destination, error)
+                    if error.code not in (*_DENIED, *_MISSING):  # those are said to members only
+                        await asyncio.sleep(CAREFUL)
+                        continue
+                self.reader.trust()
+
+    async def _ask(self) -> None:
+        if commits := [part.commit() for part in self.parts.values()]:
+            await self.reader.commit(commits)
+
+    async def ours(self, raw: Any, /) -> bool:
+        if isinstance(raw, list):
+            records: list[Record] = raw
+            records[:] = [record for record in records if await self.ours(record)]
+            return bool(records)
+        if time.monotonic() > self.reader.trusted:
+            await self._confirm()
+        part: Partition | None = raw.part
+        if part is None or not part.fenced:
+            return True
+        self._back(raw, part, 0.0, unbegun=True)
+        return False
 
     def _look_for_room(self) -> None:
         if self._full and self._held(self.buffer) < ROOM:
@@ -417,7 +480,7 @@ class Flow:
     def moved(self, start: Start) -> None:
         place = Place(start.topic, start.partition)
         if place in self.parts:
-            self.parts[place] = self.partition(place, start.offset, None)
+            self.parts[place] = self._part(start)
 
     # Committing
 

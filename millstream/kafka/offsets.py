@@ -35,6 +35,7 @@ class Note(msgspec.Struct, omit_defaults=True):
         d: what is done, as pairs of first and behind-last.
         t: the attempt that a message is at.
         b: messages whose last attempt was begun.
+        o: who wrote it, unless he let go in order.
     """
 
     c: int = 0
@@ -42,6 +43,7 @@ class Note(msgspec.Struct, omit_defaults=True):
     d: list[tuple[int, int]] = msgspec.field(default_factory=list)
     t: dict[int, int] = msgspec.field(default_factory=dict)
     b: list[int] = msgspec.field(default_factory=list)
+    o: str = ""
 
 
 _encode, _decoder = msgspec.json.encode, msgspec.json.Decoder(Note)
@@ -89,6 +91,7 @@ class Partition:
         place: which one.
         start: the offset of the first message to come.
         note: what the last owner's commit says; None where nothing is settled.
+        owner: what to sign notes with.
     """
 
     __slots__ = (
@@ -102,6 +105,7 @@ class Partition:
         "next",
         "odd",
         "open",
+        "owner",
         "paused",
         "place",
         "plain",
@@ -112,9 +116,9 @@ class Partition:
     #: Whether what is done beyond a gap is noted, so that it is not done again.
     notes_done: ClassVar[bool] = True
 
-    def __init__(self, place: Place, start: int, note: str | None) -> None:
+    def __init__(self, place: Place, start: int, note: str | None, owner: str = "") -> None:
         known = _read(note)
-        self.place = place
+        self.place, self.owner = place, owner
         #: Messages in their order, from the oldest that is not done.
         self.open: deque[Record] = deque()
         #: The offset before which everything is done, and what was last committed.
@@ -191,6 +195,28 @@ class Partition:
         if bundle.given:
             self.running += len(others) - 1
 
+    def leave(self) -> None:
+        """It is somebody else's; what was read of it and not begun is forgotten."""
+        self.fenced = True
+        noted = max(self.given, self.odd)
+        while self.open and self.open[-1].offset >= noted:
+            self.open.pop()
+
+    def signed(self, note: str | None) -> bool:
+        """Whether a note is ours, so that nobody else has told the group anything since."""
+        return bool(self.owner) and _read(note).o == self.owner
+
+    def again(self) -> Partition:
+        """The same partition, back with us: what we did of it stays done, and nobody crashed."""
+        commit = self.commit()
+        note = _read(commit.note)
+        note.h = 0
+        text = _encode(note).decode()
+        part = type(self)(self.place, commit.offset, text, self.owner)
+        if self.crashes:
+            part.crashes, part.suspects, part.plain = self.crashes, self.suspects, False
+        return part
+
     def commit(self, *, leaving: bool = False, base: int | None = None) -> Commit:
         """What the group is to be told now; ``leaving`` lets go of the partition in order.
 
@@ -199,7 +225,7 @@ class Partition:
         base = self.committable if base is None else base
         note = Note()
         if not leaving:
-            note.c = self.crashes
+            note.c, note.o = self.crashes, self.owner
             note.h = max(self.given + SUSPECTS - base, 0) or 1
         first = -1
         noted = max(self.given, self.odd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import re
 import threading
 import time
@@ -33,6 +34,9 @@ log = logging.getLogger("millstream.kafka")
 TURN = 0.1
 #: Seconds for which a full reader waits for room before it pauses at the client.
 STALL = 0.5
+#: Seconds after which the group may take one who stood still for gone. A commit of all offsets is
+#: the price of a false alarm, and the least that a broker allows for a session is 6 seconds.
+STILL = 1.0
 #: Seconds for which a last commit is tried while the group is being shared out anew.
 LEAVE = 2.0
 _SHARING = {
@@ -95,8 +99,9 @@ class Owner(Protocol):
     def arrived(self, messages: list[Any]) -> None:
         """Messages of any partitions, in the order of each; no more come before ``hold``."""
 
-    async def gained(self, starts: Sequence[Start]) -> None:
-        """These partitions are ours from now on."""
+    async def gained(self, starts: Sequence[Start]) -> list[Start]:
+        """These partitions are ours from now on; where to begin to read them."""
+        ...
 
     async def losing(self, places: Sequence[Place], *, gone: bool) -> list[Commit]:
         """These partitions go to somebody else; what to commit before they do.
@@ -161,6 +166,8 @@ class Reader:
         #: still gives is not for the owner any more.
         self._last: list[Commit] | None = None
         self._consumer: Any = None
+        #: Until when (``time.monotonic``) it may be believed that the partitions are ours.
+        self.trusted = math.inf
         self.member: Any = None
         self._ended: asyncio.Future[None] | None = None
         #: What is held back, by place.
@@ -185,6 +192,7 @@ class Reader:
                 on_revoke=self._on_revoke,
                 on_lost=self._on_lost,
             )
+            self.trust()
         thread.start()
 
     async def close(self) -> None:
@@ -217,6 +225,10 @@ class Reader:
         for partition in await self._order(commit) or ():
             if partition.error is not None:
                 raise broken(partition.error)
+
+    def trust(self) -> None:
+        """The group has confirmed that we are in it."""
+        self.trusted = time.monotonic() + STILL
 
     async def refresh(self) -> None:
         """Bring ``member`` up to date."""
@@ -254,6 +266,12 @@ class Reader:
 
     # In the thread
 
+    def _tick(self) -> None:
+        """This thread runs; once it stood still, only the group can say what is ours."""
+        now = time.monotonic()
+        if now <= self.trusted < math.inf:
+            self.trusted = now + STILL
+
     def _live(self) -> None:
         problem: Broken | None = None
         consumer, tell, arrived = self._consumer, self.client.tell, self.owner.arrived
@@ -263,6 +281,7 @@ class Reader:
         by_hand = self.plan.group is None and not self.plan.partitions
         try:
             while not self._stopping:
+                self._tick()
                 if self._orders:
                     self._obey()
                 if not room.is_set() and not room.wait(STALL):
@@ -318,6 +337,7 @@ class Reader:
         consumer = self._consumer
         held: list[TopicPartition] = []
         while not self._room.is_set() and not self._stopping:
+            self._tick()
             new = [p for p in consumer.assignment() if p not in held]
             if new:
                 consumer.pause(new)
@@ -390,8 +410,8 @@ class Reader:
             return
         self._refresh()
         starts = self._starts([TopicPartition(p.topic, p.partition) for p in partitions])
-        self._await(self.owner.gained(starts))
-        begin = [TopicPartition(*s[:3]) for s in starts]
+        starts = self._await(self.owner.gained(starts)) or starts
+        begin = [TopicPartition(s.topic, s.partition, s.offset) for s in starts]
         if self.incremental:
             consumer.incremental_assign(begin)
         else:
@@ -457,6 +477,7 @@ class Reader:
                 except TimeoutError:
                     if future.done() or time.monotonic() > end:
                         raise
+                    self._tick()
                     self._obey()  # it may wait for one of its orders
         except Exception as error:
             log.debug("on the loop: %r", error)

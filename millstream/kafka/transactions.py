@@ -290,7 +290,9 @@ class TransactionalFlow(Flow):
         unit: Unit | None = record.unit
         part = record.part
         if part is not None and part.fenced:
-            return  # its next owner handles it, and publishes
+            part.running -= 1  # its next owner handles it, and publishes
+            self._freed.set()
+            return
         if how is Settlement.NACK and options.get("attempt") is None:
             if unit is not None:
                 unit.records.remove(record)
@@ -324,6 +326,10 @@ class TransactionalFlow(Flow):
         # A commit within a transaction's would stand although it is the older one.
         async with self._committing:
             return await super().begun(raw)
+
+    async def _ask(self) -> None:
+        async with self._committing:
+            await super()._ask()
 
     # Committing
 
