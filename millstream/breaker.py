@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from .errors import DecodeError, HandlerException, NackMessage, SetupError, StopConsume
-from .log import log_line
 from .message import Message
 from .middleware import Call
 
@@ -129,13 +128,8 @@ class Circuit:
         self._openings += 1
         self._outcomes.clear()
         self._failures = 0
-        subscription = self.subscription
-        log_line(
-            subscription.broker.logger,
-            "warning",
-            f"{subscription.name}: circuit open ({reason}); paused for {self._pause:g} s",
-        )
-        subscription.broker.spawn(self._rest())
+        self.subscription.say("warning", f"circuit open ({reason}); paused for {self._pause:g} s")
+        self.subscription.broker.spawn(self._rest())
 
     async def _rest(self) -> None:
         opening = self._openings
@@ -150,6 +144,4 @@ class Circuit:
     def _close(self) -> None:
         self.state = "closed"
         self._pause = self.breaker.pause
-        log_line(
-            self.subscription.broker.logger, "info", f"{self.subscription.name}: circuit closed"
-        )
+        self.subscription.say("info", "circuit closed")

@@ -18,7 +18,6 @@ from .clock import Clock
 from .dedup import Once
 from .driver import Capability, Sink
 from .errors import HandlerNotFound, SetupError, StopApplication
-from .log import log_error
 from .message import BatchMessage, Link, Message, current
 from .middleware import Call, fold_consume
 from .params import MISSING
@@ -43,11 +42,8 @@ class Delivery:
 
     def __init__(self, subscription: Subscription) -> None:
         self.subscription = subscription
-        self.spec, self.scope, self.broker = (
-            subscription.spec,
-            subscription.scope,
-            subscription.broker,
-        )
+        self.spec, self.scope = subscription.spec, subscription.scope
+        self.broker = subscription.broker
         self.link = Link(self.broker.driver, self.spec, subscription.name)
         self.plans: list[Plan] = []
         entries = subscription.subscriber.entries
@@ -59,7 +55,9 @@ class Delivery:
         failing = subscription.failing
         if self.spec.deduplicate is not None:
             call, respond = _both(call, respond), None
-            failing.once = Once(self.spec.deduplicate, self._key_scope(), self.broker.clock, call)
+            # What tells the keys of this subscription from those of others in one store.
+            scope = f"{self.spec.destination}/{subscription.name}"
+            failing.once = Once(self.spec.deduplicate, scope, self.broker.clock, call)
             call = failing.once.run
         if self.spec.breaker is not None:
             # What cannot be published tells of an outage as well.
@@ -72,10 +70,6 @@ class Delivery:
         after = next((p.after for p in self.plans if p.after is not None), None)
         self.has_dependencies = any(plan.has_dependencies for plan in self.plans)
         self.deliver: Sink = self._deliverer(call, respond, parser, after)
-
-    def _key_scope(self) -> str:
-        """What tells the keys of this subscription from those of others in one store."""
-        return f"{self.spec.destination}/{self.subscription.name}"
 
     def _only_one_takes_all(self, entries: list[Entry]) -> None:
         plain = [e for e in entries if e.filter is None]
@@ -186,7 +180,7 @@ class Delivery:
     ) -> Sink:
         """The function that a driver or a lane awaits for each message: the hot path."""
         me, link, envelope = self.subscription, self.link, self.spec.envelope
-        row, logger = me.failing.row, self.broker.logger
+        row = me.failing.row
         batch = self.spec.batch is not None
         before, success = row.before, row.success
         first, settles = before is not _NONE, success is not _NONE
@@ -225,7 +219,7 @@ class Delivery:
                             message.settled = success
                             await link.intake.settle(raw, success, None)  # type: ignore[union-attr]
                     except Exception as error:
-                        log_error(logger, f"{me.name}: cannot settle: {error}", error)
+                        me.report("cannot settle", error)
                 me.handled += 1
             except asyncio.CancelledError:
                 await me.failing.abandoned(message)
@@ -251,11 +245,7 @@ class Delivery:
         try:
             await after(message)
         except Exception as error:
-            log_error(
-                self.broker.logger,
-                f"{self.subscription.name}: after the message: {type(error).__name__}: {error}",
-                error,
-            )
+            self.subscription.report(f"after the message: {type(error).__name__}", error)
 
 
 def _both(call: Call, respond: Respond | None) -> Call:

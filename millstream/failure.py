@@ -33,7 +33,7 @@ from .errors import (
     StopConsume,
 )
 from .letters import CAUSE, REPLAY_TO, one_line
-from .log import log_error, log_line
+from .log import Rate, log_error
 from .message import BatchMessage, Message
 from .middleware import Call
 from .retry import DEFAULT_RETRY, DeadLetter, Retry
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 _ACK, _NACK, _REJECT, _NONE = Settlement.ACK, Settlement.NACK, Settlement.REJECT, Settlement.NONE
 _TRACEBACK_LIMIT = 8 * 1024
-#: Error lines of a subscription before only one a second is written.
-_BURST = 10
 
 
 class Failures:
@@ -52,11 +50,8 @@ class Failures:
 
     def __init__(self, subscription: Subscription) -> None:
         self.subscription = subscription
-        self.spec, self.broker, self.name = (
-            subscription.spec,
-            subscription.broker,
-            subscription.name,
-        )
+        self.spec, self.broker = subscription.spec, subscription.broker
+        self.name = subscription.name
         #: Messages whose handling failed, retries included; messages that were buried.
         self.count = self.dead_lettered = 0
         #: What a replayed message calls this subscription.
@@ -65,7 +60,7 @@ class Failures:
         self.once: Once | None = None
         self._address: str | None = None
         self._send_letter = killpoints.around("dead_letter", self.broker.driver.publish)
-        self._allowed, self._logged, self._unsaid = float(_BURST), 0.0, 0
+        self._rate = Rate()
         spec, scope = self.spec, subscription.scope
         can = spec.capabilities
         said = spec.ack_policy or scope.ack_policy
@@ -100,34 +95,31 @@ class Failures:
 
     def check(self) -> None:
         """Raise a :class:`SetupError` for a policy that the source cannot keep."""
-        can = self.spec.capabilities
-        harmless = (None, AckPolicy.MANUAL, AckPolicy.ACK_FIRST)
-        if Capability.ACK not in can and self.spec.ack_policy not in harmless:
-            raise CapabilityError(
-                f"{self.spec.destination!r} cannot acknowledge, so "
-                f"ack_policy={self.spec.ack_policy} has no meaning",
-                fix="leave ack_policy out, or subscribe to a source that stores its messages",
+        spec, can, where = self.spec, self.spec.capabilities, self.retry.where
+
+        def refuse(what: str, fix: str) -> None:
+            raise CapabilityError(f"{spec.destination!r} {what}", fix=fix)
+
+        if Capability.ACK not in can:
+            stored = "subscribe to a source that stores its messages"
+            if spec.ack_policy not in (None, AckPolicy.MANUAL, AckPolicy.ACK_FIRST):
+                refuse(
+                    f"cannot acknowledge, so ack_policy={spec.ack_policy} has no meaning",
+                    f"leave ack_policy out, or {stored}",
+                )
+            if spec.breaker is not None:
+                refuse("keeps no messages: a breaker would lose them", stored)
+        if not self.retries:
+            return
+        if where == "broker" and Capability.NACK_DELAY not in can:
+            refuse(
+                "cannot delay a redelivery, so Retry(where='broker') is impossible",
+                "use where='lane' or 'auto'",
             )
-        if self.spec.breaker is not None and Capability.ACK not in can:
-            raise CapabilityError(
-                f"{self.spec.destination!r} keeps no messages: a breaker would lose them",
-                fix="subscribe to a source that stores its messages",
-            )
-        if self.retry.where == "broker" and self.retries and Capability.NACK_DELAY not in can:
-            raise CapabilityError(
-                f"{self.spec.destination!r} cannot delay a redelivery, "
-                "so Retry(where='broker') is impossible",
-                fix="use where='lane' or 'auto'",
-            )
-        if (
-            self.retry.where == "topic"
-            and self.retries
-            and (Capability.RETRY_TOPIC not in can or self.spec.batch is not None)
-        ):
-            raise CapabilityError(
-                f"{self.spec.destination!r} has no retry topics, "
-                "so Retry(where='topic') is impossible",
-                fix="use where='lane' or 'auto'",
+        if where == "topic" and (Capability.RETRY_TOPIC not in can or spec.batch is not None):
+            refuse(
+                "has no retry topics, so Retry(where='topic') is impossible",
+                "use where='lane' or 'auto'",
             )
 
     def retrying(
@@ -190,7 +182,7 @@ class Failures:
             if message.settled is None:
                 await message.settle(_ACK)
         except Exception as error:
-            log_error(self.broker.logger, f"{self.name}: cannot settle: {error}", error)
+            self.subscription.report("cannot settle", error)
 
     def _again(self, attempt: int, delay: float) -> str:
         return f"attempt {attempt} of {self.retry.attempts} failed, again in {delay:.3g} s"
@@ -248,7 +240,7 @@ class Failures:
                     await asyncio.shield(task)
             except Exception as error:
                 task.cancel()
-                log_error(self.broker.logger, f"{self.name}: cannot hand back: {error}", error)
+                self.subscription.report("cannot hand back", error)
 
     async def handle(self, message: Message[Any], error: BaseException) -> None:
         """Everything that follows an exception; never on the way of a success."""
@@ -256,11 +248,7 @@ class Failures:
             await self._fail(message, error)
         except Exception as second:
             # The broker is away or refuses: unsettled messages come back by its deadline.
-            log_error(
-                self.broker.logger,
-                f"{self.name}: cannot settle after {type(error).__name__}: {second}",
-                second,
-            )
+            self.subscription.report(f"cannot settle after {type(error).__name__}", second)
 
     async def _fail(self, message: Message[Any], error: BaseException) -> None:
         if isinstance(error, HandlerException):
@@ -449,22 +437,15 @@ class Failures:
 
     def _log(self, message: Message[Any], error: BaseException, outcome: str) -> None:
         """One line; in a storm, one a second that counts those it stands for."""
-        now = self.broker.clock.now()
-        self._allowed = min(_BURST, self._allowed + (now - self._logged))
-        self._logged = now
-        if self._allowed < 1:
-            self._unsaid += 1
+        more = self._rate.admit(self.broker.clock.now())
+        if more is None:
             return
-        self._allowed -= 1
-        text = f"{self.name}: {outcome}: {type(error).__name__}: {error} [{message.destination}]"
-        if self._unsaid:
-            text += f" (and {self._unsaid} more failures)"
-            self._unsaid = 0
+        text = f"{outcome}: {type(error).__name__}: {error} [{message.destination}]{more}"
         if isinstance(error, DecodeError | HandlerNotFound | CrashedWorker):
             # Nobody's code failed, so a traceback would say nothing.
-            log_line(self.broker.logger, "error", text)
+            self.subscription.say("error", text)
         else:
-            log_error(self.broker.logger, text, error)
+            log_error(self.broker.logger, f"{self.name}: {text}", error)
 
 
 def _undo(message: Message[Any]) -> None:

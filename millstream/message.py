@@ -290,8 +290,8 @@ class BatchMessage(Message[list[Any]]):
     __slots__ = ("_bundles", "_envelope", "_messages")
 
     def __init__(self, raws: list[Any], envelope: type[Message[Any]], link: Link) -> None:
-        super().__init__(raws, link)
-        self._envelope = envelope
+        self.link, self._envelope = link, envelope
+        self.settled, self._correlation_id = None, None
         self._bundles: list[Bundle] | None = None
         if all(hasattr(raw, "apart") for raw in raws):
             self._bundles = raws
@@ -308,14 +308,8 @@ class BatchMessage(Message[list[Any]]):
                 message.settled = self.settled
         return self._messages
 
-    @property
-    def raw(self) -> list[Any]:
-        """The single raw messages."""
-        return [m.raw for m in self.messages]
-
-    @raw.setter
-    def raw(self, raws: list[Any]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """They come from the messages."""
+    #: The single raw messages.
+    raw: Any = property(lambda self: [m.raw for m in self.messages])
 
     @property
     def body(self) -> Any:

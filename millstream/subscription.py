@@ -52,22 +52,21 @@ class _NotYet:
         #: Why the subscription was lost before the driver returned it.
         self.lost: Exception | None = None
 
+    async def _real(self) -> Intake:
+        await self.ready.wait()
+        assert self.link.intake is not None
+        return self.link.intake
+
     async def settle(
         self, raw: Any, how: Settlement, delay: float | None, /, **options: Any
     ) -> None:
-        await self.ready.wait()
-        assert self.link.intake is not None
-        await self.link.intake.settle(raw, how, delay, **options)
+        await (await self._real()).settle(raw, how, delay, **options)
 
     async def touch(self, raw: Any, /) -> None:
-        await self.ready.wait()
-        assert self.link.intake is not None
-        await self.link.intake.touch(raw)
+        await (await self._real()).touch(raw)
 
     async def begun(self, raw: Any, /) -> bool:
-        await self.ready.wait()
-        assert self.link.intake is not None
-        return await self.link.intake.begun(raw)
+        return await (await self._real()).begun(raw)
 
     async def lag(self) -> int | None:
         return None
@@ -120,6 +119,14 @@ class Subscription:
         #: Held by whoever pauses, resumes or recovers: one at a time. A stop waits for none.
         self._changing = asyncio.Lock()
         self._draining = 0
+
+    def say(self, level: str, text: str) -> None:
+        """Write a log line that begins with the handler's name."""
+        log_line(self.broker.logger, level, f"{self.name}: {text}")
+
+    def report(self, what: str, error: BaseException) -> None:
+        """Write an error line with its traceback."""
+        log_error(self.broker.logger, f"{self.name}: {what}: {error}", error)
 
     # Compile
 
@@ -262,11 +269,7 @@ class Subscription:
             self._failed(error)
         elif self.state in (SubscriptionState.RUNNING, SubscriptionState.STARTING):
             self.state = SubscriptionState.RETRYING
-            log_line(
-                self.broker.logger,
-                "warning",
-                f"{self.name}: lost {self.spec.destination}: {error}; subscribing anew",
-            )
+            self.say("warning", f"lost {self.spec.destination}: {error}; subscribing anew")
             self._recovery = asyncio.create_task(self._recover(), name=f"{self.name}-recovery")
 
     def _failed(self, error: Exception) -> None:
@@ -274,7 +277,7 @@ class Subscription:
         if self.state in (SubscriptionState.STOPPED, SubscriptionState.FAILED):
             return
         self.state, self.note = SubscriptionState.FAILED, str(error)
-        log_line(self.broker.logger, "error", f"{self.name}: stopped for good: {error}")
+        self.say("error", f"stopped for good: {error}")
         intake, self._intake = self._intake, None
         if intake is not None:
             self.broker.spawn(intake.close())
@@ -299,10 +302,9 @@ class Subscription:
                     await self._subscribe(self._sink)
                 except Exception as error:
                     if attempt == 1:
-                        text = f"{self.name}: not back yet: {error}"
-                        log_line(self.broker.logger, "warning", text)
+                        self.say("warning", f"not back yet: {error}")
                     continue
-            log_line(self.broker.logger, "info", f"{self.name}: back on {self.spec.destination}")
+            self.say("info", f"back on {self.spec.destination}")
 
     async def _keep(self, interval: float) -> None:
         """Push back the ack deadlines of what runs, or waits, longer than half of them."""
@@ -316,8 +318,7 @@ class Subscription:
                 for raw in self._lanes.items() if self._lanes is not None else ():
                     await self.link.intake.touch(raw)  # type: ignore[union-attr]
             except Exception as error:
-                text = f"{self.name}: cannot extend a deadline: {error}"
-                log_line(self.broker.logger, "warning", text)
+                self.say("warning", f"cannot extend a deadline: {error}")
 
     def _looked_at(self) -> dict[Message[Any], float]:
         """The messages that run, and since when at least: it is looked at now and then, so
@@ -354,7 +355,7 @@ class Subscription:
             try:
                 await self.take_no_more()
             except Exception as error:  # it comes back by its deadline
-                log_error(self.broker.logger, f"{self.name}: cannot hand back: {error}", error)
+                self.report("cannot hand back", error)
             await self._idle_before(self.broker.clock.now() + self.broker.graceful_timeout)
             intake, self._intake = self._intake, None
             if intake is not None:
@@ -384,9 +385,7 @@ class Subscription:
                         )
                         self.returned += 1
                     except Exception as error:  # it comes back by its deadline
-                        log_error(
-                            self.broker.logger, f"{self.name}: cannot hand back: {error}", error
-                        )
+                        self.report("cannot hand back", error)
                 await asyncio.sleep(0)  # what waited for room in the lanes is in them now
 
     async def end_with(self, message: Message[Any], *, stop: bool) -> None:
@@ -453,7 +452,7 @@ class Subscription:
         except TimeoutError:
             pass  # what still runs is cancelled below
         except Exception as error:
-            log_error(self.broker.logger, f"{self.name}: cannot hand back: {error}", error)
+            self.report("cannot hand back", error)
         await self._idle_before(deadline)
         if self._lanes is not None:
             await self._lanes.close()
@@ -461,11 +460,8 @@ class Subscription:
         if self._intake is not None:
             await self._intake.close()
         if self.in_flight:
-            log_line(
-                self.broker.logger,
-                "error",
-                f"{self.name}: still runs although it was cancelled; {self.in_flight} left behind",
-            )
+            left = f"{self.in_flight} left behind"
+            self.say("error", f"still runs although it was cancelled; {left}")
         if self._keeper is not None:
             self._keeper.cancel()
         self._intake = None
