@@ -1,8 +1,8 @@
 """A process of the supervisor's: what runs in it, and what the two say to each other.
 
 They speak lines of JSON over a socket pair: options (parent), hello (child: what the target
-is), answer with the listening socket (parent), ready (child). When the parent is gone, the
-pair closes and the child stops as after SIGTERM.
+is), an empty line with the listening socket, if one is wanted (parent), ready (child). When the
+parent is gone, the pair closes and the child stops as after SIGTERM.
 """
 
 from __future__ import annotations
@@ -43,12 +43,6 @@ class Hello(msgspec.Struct):
     docs: str = ""
 
 
-class Answer(msgspec.Struct):
-    """What the parent says to that; a socket comes along with it for HTTP targets."""
-
-    url: str = ""
-
-
 class Channel:
     """The child's end."""
 
@@ -56,7 +50,7 @@ class Channel:
         self._socket = socket.socket(fileno=fd)
         self._buffer = b""
 
-    def receive(self, type: type[Any]) -> tuple[Any, socket.socket | None]:
+    def receive(self) -> tuple[bytes, socket.socket | None]:
         """The next line, and the socket that came with it; ends the process without a parent."""
         sock: socket.socket | None = None
         while b"\n" not in self._buffer:
@@ -67,17 +61,17 @@ class Channel:
             if fds:
                 sock = socket.socket(fileno=fds[0])
         line, _, self._buffer = self._buffer.partition(b"\n")
-        return msgspec.json.decode(line, type=type), sock
+        return line, sock
 
     def send(self, message: Any) -> None:
         """Send one line."""
         with contextlib.suppress(OSError):
             self._socket.sendall(msgspec.json.encode(message) + b"\n")
 
-    def hello(self, hello: Hello) -> tuple[Answer, socket.socket | None]:
-        """Introduce the target and wait for the answer."""
+    def hello(self, hello: Hello) -> socket.socket | None:
+        """Introduce the target and wait until it may start; for HTTP, the socket to listen on."""
         self.send(hello)
-        return self.receive(Answer)
+        return self.receive()[1]
 
     def ready(self) -> None:
         """The target is up."""
@@ -99,7 +93,7 @@ def main() -> int:
     # Ctrl+C reaches the whole process group; what happens then is the parent's to decide.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     channel = Channel(int(sys.argv[1]))
-    options, _ = channel.receive(RunOptions)
+    options = msgspec.json.decode(channel.receive()[0], type=RunOptions)
     from .run import execute
 
     return execute(options, channel)
@@ -111,7 +105,7 @@ class Child:
     def __init__(
         self,
         options: RunOptions,
-        welcome: Callable[[Hello], Awaitable[tuple[Answer, socket.socket | None]]],
+        welcome: Callable[[Hello], Awaitable[socket.socket | None]],
     ) -> None:
         self.options = options
         self._welcome = welcome
@@ -169,13 +163,13 @@ class Child:
     async def _greet(self, sock: socket.socket, hello: Hello) -> None:
         self.hello = hello
         try:
-            answer, listener = await self._welcome(hello)
+            listener = await self._welcome(hello)
         except Exception as error:
             self.failure = error
             self.kill()
             return
         fds = [listener.fileno()] if listener is not None else []
-        socket.send_fds(sock, [msgspec.json.encode(answer) + b"\n"], fds)
+        socket.send_fds(sock, [b"\n"], fds)
 
     async def wait(self) -> int:
         """The exit code; negative for the signal that killed it.
@@ -204,6 +198,15 @@ class Child:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
+
+
+async def either(*waits: Awaitable[Any]) -> None:
+    """Wait until one of these is done; tasks among them go on, everything else is cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task, wait in zip(tasks, waits, strict=True):
+        if task is not wait:
+            task.cancel()
 
 
 def ended(code: int) -> str:

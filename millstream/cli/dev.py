@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..embedded import Embedded, missing_server
 from ..errors import ConnectError, MissingExtra
-from .child import Answer, Hello
+from .child import Hello
 from .options import RunOptions
 from .output import note, styled
 from .workers import Doorman
@@ -25,7 +25,7 @@ class DevDoorman(Doorman):
         self.servers: dict[str, Embedded] = {}
         self._told: set[str] = set()
 
-    async def welcome(self, hello: Hello) -> tuple[Answer, socket.socket | None]:
+    async def welcome(self, hello: Hello) -> socket.socket | None:
         """Start the brokers where they are missing, then answer."""
         for address in hello.brokers:
             if address not in self.servers:

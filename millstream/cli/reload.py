@@ -10,7 +10,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from .child import Child, ended
+from .child import Child, either, ended
 from .options import RunOptions
 from .output import OK, USAGE
 from .run import configure_logging
@@ -133,7 +133,7 @@ class Reloader:
                     first = False
                     if not changed.is_set():
                         log.info("the application %s; waiting for a change", ended(code))
-                        await self._either(changed.wait(), self.stopping.wait())
+                        await either(changed.wait(), self.stopping.wait())
                     if self.stopping.is_set():
                         return OK
             finally:
@@ -155,14 +155,14 @@ class Reloader:
         child = self.child = Child(self.options, self.doorman.welcome)
         await child.start()
         exit = asyncio.create_task(child.wait())
-        await self._either(child.ready.wait(), exit, changed.wait(), self.stopping.wait())
+        await either(child.ready.wait(), exit, changed.wait(), self.stopping.wait())
         if child.ready.is_set() and child.hello is not None:
             if self._was_up:
                 log.info("reloaded in %.1f s", asyncio.get_running_loop().time() - begun)
             else:
                 self.doorman.up(child.hello, "reloading on changes")
             self._was_up = True
-        await self._either(exit, changed.wait(), self.stopping.wait())
+        await either(exit, changed.wait(), self.stopping.wait())
         if not exit.done():
             await self._end(child, exit)
         return await exit
@@ -176,20 +176,12 @@ class Reloader:
                 await asyncio.wait((exit,), timeout=2.0)
         else:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._either(exit, self._hurried.wait()), child.grace)
+                await asyncio.wait_for(either(exit, self._hurried.wait()), child.grace)
             if not exit.done() and self._hurried.is_set():
                 await asyncio.wait((exit,), timeout=2.0)
         if not exit.done():
             log.warning("the application did not stop in time; killing it")
             child.kill()
-
-    @staticmethod
-    async def _either(*waits: object) -> None:
-        tasks = [asyncio.ensure_future(wait) for wait in waits]  # type: ignore[call-overload]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task, wait in zip(tasks, waits, strict=True):
-            if task is not wait:
-                task.cancel()
 
 
 def _short(file: Path) -> str:

@@ -45,7 +45,7 @@ async def serve(
     hello.grace += settings.setdefault("timeout_graceful_shutdown", int(hello.grace) + 1) or 0.0
     sock: socket.socket | None = None
     if channel is not None:
-        _, sock = channel.hello(hello)
+        sock = channel.hello(hello)
         channel.watch()
     if sock is None:
         port = 8000 if options.port is None else options.port

@@ -14,7 +14,7 @@ import site
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -104,7 +104,7 @@ class Found(msgspec.Struct, frozen=True):
         if kind in RUNNABLE:
             return Target(self.name, kind, thing, self.module)
         called = f"{self.name}() returned" if thing is not self.object else f"{self.name} is"
-        raise TargetError(f"{called} {_explain(thing, kind)}{_candidates_text(self.module)}")
+        raise TargetError(f"{called} {_explain(thing, kind)}{_runnable(self.module)}")
 
 
 def find(target: str, *, app_dir: str = ".", factory: bool = False) -> Found:
@@ -126,34 +126,36 @@ def find(target: str, *, app_dir: str = ".", factory: bool = False) -> Found:
     if str(directory) not in sys.path[:1]:
         sys.path.insert(0, str(directory))
     name, colon, attribute = target.partition(":")
-    _check_name(target, name, directory)
+    _check_name(name, colon + attribute, directory)
     module = _import(name, directory)
     if colon and not attribute:
-        raise TargetError(f"{target!r}: no name after the colon{_candidates_text(module)}")
+        raise TargetError(f"{target!r}: no name after the colon{_runnable(module)}")
     if attribute:
         return Found(target, module, _look_up(module, name, attribute), factory)
-    names = _functions(module) if factory else _preferred(module)
+    if factory:
+        what, found = "function without parameters", _things(module, "factory")
+        names = [n for n, thing in found.items() if isinstance(thing, FunctionType)]
+    else:
+        what, found = "application or broker", _things(module, *RUNNABLE)
+        names = [n for n, thing in found.items() if kind_of(thing) != "broker"] or list(found)
     if len(names) != 1:
-        what = "function without parameters" if factory else "application or broker"
         problem = f"has no {what}" if not names else f"has more than one {what}"
-        choice = _candidates_text(module, names) if names else ""
-        raise TargetError(f"{name} {problem}: write {name}:NAME{choice}")
+        raise TargetError(f"{name} {problem}: write {name}:NAME{_listed(module, names)}")
     return Found(f"{name}:{names[0]}", module, getattr(module, names[0]), factory)
 
 
-def _check_name(target: str, name: str, directory: Path) -> None:
-    colon, attribute = (":", target.partition(":")[2]) if ":" in target else ("", "")
+def _check_name(name: str, rest: str, directory: Path) -> None:
     if name.endswith(".py") or "/" in name or os.sep in name:
         path = Path(name.removesuffix(".py"))
         if path.is_absolute() and path.is_relative_to(directory):
             path = path.relative_to(directory)
         dotted = ".".join(part for part in path.parts if part not in (".", "..", os.sep))
         raise TargetError(
-            f"{name!r} is a file, a module is wanted: {dotted}{colon}{attribute}"
+            f"{name!r} is a file, a module is wanted: {dotted}{rest}"
             + (" with --app-dir" if ".." in path.parts or path.is_absolute() else "")
         )
     if not name or not all(part.isidentifier() for part in name.split(".")):
-        raise TargetError(f"{target!r} is no target: write module:name, such as main:app")
+        raise TargetError(f"{name + rest!r} is no target: write module:name, such as main:app")
 
 
 def _import(name: str, directory: Path) -> ModuleType:
@@ -193,7 +195,7 @@ def _look_up(module: ModuleType, name: str, attribute: str) -> Any:
             thing = getattr(thing, part)
         except AttributeError:
             owner = "module" if thing is module else type(thing).__name__
-            choice = _candidates_text(module, near=part) if thing is module else ""
+            choice = _runnable(module, part) if thing is module else ""
             raise TargetError(f"{owner} {walked} has no {part!r}{choice}") from None
         except Exception as error:
             raise UserCodeError(error) from error
@@ -201,45 +203,29 @@ def _look_up(module: ModuleType, name: str, attribute: str) -> Any:
     return thing
 
 
-def _candidates(module: ModuleType) -> dict[str, Any]:
-    """The objects of a module that can be run."""
+def _things(module: ModuleType, *kinds: str) -> dict[str, Any]:
+    """The public objects of a module that are of some kinds, each once."""
     found: dict[str, Any] = {}
     for name, thing in vars(module).items():
         # A function counts where it was written, not where it was imported to.
         foreign = isinstance(thing, FunctionType) and thing.__module__ != module.__name__
-        if name.startswith("_") or foreign or kind_of(thing) not in RUNNABLE:
+        if name.startswith("_") or foreign or kind_of(thing) not in kinds:
             continue
         if not any(thing is other for other in found.values()):
             found[name] = thing
     return found
 
 
-def _preferred(module: ModuleType) -> list[str]:
-    found = _candidates(module)
-    apps = [name for name, thing in found.items() if kind_of(thing) != "broker"]
-    return apps or list(found)
+def _listed(module: ModuleType, names: Iterable[str]) -> str:
+    listed = ", ".join(f"{name} ({type(vars(module)[name]).__name__})" for name in names)
+    return f"; there is {listed}" if listed else ""
 
 
-def _functions(module: ModuleType) -> list[str]:
-    return [
-        name
-        for name, thing in vars(module).items()
-        if isinstance(thing, FunctionType)
-        and thing.__module__ == module.__name__
-        and not name.startswith("_")
-        and kind_of(thing) == "factory"
-    ]
-
-
-def _candidates_text(module: ModuleType, names: list[str] | None = None, *, near: str = "") -> str:
-    found = _candidates(module)
-    names = list(found) if names is None else names
-    if close := difflib.get_close_matches(near, names, 1) if near else []:
-        return f"; did you mean {module.__name__}:{close[0]}?"
-    if not names:
-        return ""
-    listed = (f"{name} ({type(vars(module)[name]).__name__})" for name in names)
-    return f"; there is {', '.join(listed)}"
+def _runnable(module: ModuleType, near: str = "") -> str:
+    """What can be run instead: what is called nearly so, else everything."""
+    names = _things(module, *RUNNABLE)
+    close = difflib.get_close_matches(near, names, 1)
+    return f"; did you mean {module.__name__}:{close[0]}?" if close else _listed(module, names)
 
 
 def kind_of(thing: Any) -> str:
@@ -311,12 +297,7 @@ def _explain(thing: Any, kind: str) -> str:
 def brokers_of(thing: Any) -> list[Broker]:
     """The brokers of anything that can be run: a broker itself, those of an application, of
     its routers and of what it mounts, each once, in the order they are found."""
-    found: list[Broker] = []
-    seen: set[int] = set()
-    for broker in _walk(thing, seen):
-        if not any(broker is known for known in found):
-            found.append(broker)
-    return found
+    return list(dict.fromkeys(_walk(thing, set())))
 
 
 def _walk(thing: Any, seen: set[int]) -> Iterator[Broker]:

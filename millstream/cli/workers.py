@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from .child import MARGIN, Answer, Child, Hello, ended
+from .child import MARGIN, Child, Hello, either, ended
 from .options import RunOptions
 from .output import FAILED, OK, USAGE
 from .run import configure_logging
@@ -36,20 +36,20 @@ class Doorman:
         self.socket: socket.socket | None = None
         self.url = ""
 
-    async def welcome(self, hello: Hello) -> tuple[Answer, socket.socket | None]:
-        """The answer to a child.
+    async def welcome(self, hello: Hello) -> socket.socket | None:
+        """The socket for a child that wants one.
 
         Raises:
             BindError: the address cannot be listened on.
         """
         if not hello.asgi:
-            return Answer(), None
+            return None
         if self.socket is None:
             options = self.options
             port = 8000 if options.port is None else options.port
             self.socket = listen(options.host or "127.0.0.1", port, options.uds)
             self.url = url_of(self.socket)
-        return Answer(self.url), self.socket
+        return self.socket
 
     def up(self, hello: Hello, how: str) -> None:
         """The target is up for the first time."""
@@ -104,13 +104,11 @@ class Worker:
             await child.start()
             if boss.stopping.is_set():
                 child.terminate()
-            ready = loop.create_task(child.ready.wait())
             exit = loop.create_task(child.wait())
-            await asyncio.wait((ready, exit), return_when=asyncio.FIRST_COMPLETED)
+            await either(child.ready.wait(), exit)
             started = loop.time()
             if child.ready.is_set():
                 boss.up(self)
-            ready.cancel()
             code = await exit
             if boss.stopping.is_set():
                 boss.codes.append(OK if code == -signal.SIGTERM and boss.forced else code)
@@ -164,6 +162,11 @@ class Supervisor:
         #: Told twice to stop: the second signal may reach a process that was about to leave.
         self.forced = False
 
+    @property
+    def children(self) -> list[Child]:
+        """The processes, those that ended included."""
+        return [worker.child for worker in self.workers if worker.child is not None]
+
     def up(self, worker: Worker) -> None:
         """A worker is ready."""
         assert worker.child is not None
@@ -182,9 +185,8 @@ class Supervisor:
         self._first_up.set()
         if self._roll is not None:
             self._roll.cancel()
-        for worker in self.workers:
-            if worker.child is not None:
-                worker.child.terminate()
+        for child in self.children:
+            child.terminate()
 
     def interrupted(self) -> None:
         """SIGINT or SIGTERM; the second one means now."""
@@ -193,9 +195,8 @@ class Supervisor:
             self.stop(OK)
             return
         self.forced = True
-        for worker in self.workers:
-            if worker.child is not None:
-                worker.child.terminate()
+        for child in self.children:
+            child.terminate()
 
     def hangup(self) -> None:
         """SIGHUP: replace the workers one by one."""
@@ -231,14 +232,10 @@ class Supervisor:
                 # The first one alone, so that a wrong target or an unreachable broker is
                 # told once and not N times.
                 tasks = [asyncio.create_task(first.keep())]
-                waiting = asyncio.create_task(self._first_up.wait())
-                await asyncio.wait((*tasks, waiting), return_when=asyncio.FIRST_COMPLETED)
-                waiting.cancel()
+                await either(*tasks, self._first_up.wait())
                 if not self.stopping.is_set() and not tasks[0].done():
                     tasks += [asyncio.create_task(worker.keep()) for worker in others]
-                stop = asyncio.create_task(self.stopping.wait())
-                await asyncio.wait((*tasks, stop), return_when=asyncio.FIRST_COMPLETED)
-                stop.cancel()
+                await either(*tasks, self.stopping.wait())
                 self.stop(FAILED)  # no effect after a signal; a worker's task failed otherwise
                 return await self._finish(tasks)
             finally:
@@ -246,16 +243,14 @@ class Supervisor:
 
     async def _finish(self, tasks: list[asyncio.Task[None]]) -> int:
         loop = asyncio.get_running_loop()
-        graces = [worker.child.grace for worker in self.workers if worker.child is not None]
-        deadline = loop.time() + max(graces, default=MARGIN)
+        deadline = loop.time() + max((child.grace for child in self.children), default=MARGIN)
         while pending := [task for task in tasks if not task.done()]:
             if self.forced:
                 deadline = min(deadline, loop.time() + 2.0)
             await asyncio.wait(pending, timeout=0.1)
             if loop.time() > deadline:
-                for worker in self.workers:
-                    if worker.child is not None:
-                        worker.child.kill()
+                for child in self.children:
+                    child.kill()
         if killed := sum(code < 0 for code in self.codes):
             log.warning("%d of %d workers had to be killed", killed, len(self.workers))
         for task in tasks:
