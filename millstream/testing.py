@@ -27,7 +27,8 @@ from .codec import JSON, Codec, decode_any
 from .driver import Driver, Sink
 from .endpoints import Endpoints
 from .errors import DecodeError, RequestTimeout, SetupError, StateError
-from .memory import Delivery, Entry, MemoryBus, MemoryDriver
+from .memory import MemoryDriver
+from .memory.bus import Delivery, Entry, MemoryBus
 from .message import Message
 from .middleware import Call, Middleware, Send
 from .params import MISSING
@@ -444,7 +445,7 @@ class TestBroker(Generic[*Bs]):
                     state=broker.state.value,
                     wanted="new",
                 )
-        bus = MemoryBus()
+        bus = self.memory.bus_class()
         async with AsyncExitStack() as stack:
             stack.callback(self._probe.remove)
             for broker in self.brokers:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from ..address import AddressSyntax
 from ..driver import PublishCommand, Spec
-from ..memory import Delivery, MemoryDriver, Source
+from ..memory import MemoryDriver
+from ..memory.bus import Delivery, Source
 from ..message import Message
 from ..testing import Bs, TestBroker
 from .driver import literal
@@ -42,28 +43,23 @@ class KafkaMemoryDriver(MemoryDriver):
     name: ClassVar[str] = "kafka"
     syntax: ClassVar[AddressSyntax] = SYNTAX
     command: ClassVar[type[PublishCommand]] = KafkaPublish
+    envelope: ClassVar[type[Message[Any]]] = KafkaMessage
     max_payload = LARGEST
 
     def source(self, spec: Any) -> Source:
         assert isinstance(spec, KafkaSubscription)
         patterns = tuple(spec.destination.split(",")) if not spec.wild else (spec.destination,)
         begin = spec.auto_offset_reset or ("latest" if spec.group_id is None else "earliest")
-        if spec.group_id is None and begin == "latest":
-            return Source(patterns=patterns)
+        replay = "all" if begin == "earliest" else "none"
         if spec.group_id is None:
-            return Source(
-                patterns=patterns,
-                kept=spec.destination,
-                durable=f"{spec.destination}/{id(spec)}",
-                acks=False,
-                temporary=True,
-            )
+            kept = spec.destination if replay == "all" else ""
+            return Source(patterns=patterns, kept=kept, replay=replay)
         return Source(
             patterns=patterns,
             kept=spec.destination,
             durable=f"{spec.destination}/{spec.group_id}",
             ack_wait=math.inf,
-            replay="all" if begin == "earliest" else "none",
+            replay=replay,
         )
 
     def raw(self, delivery: Delivery, source: Source | None) -> Any:
@@ -87,9 +83,6 @@ class KafkaMemoryDriver(MemoryDriver):
             delivery.unusual,
             delivery=delivery,
         )
-
-    def reply_envelope(self) -> type[Message[Any]]:
-        return KafkaMessage
 
     async def declare(self, specs: Sequence[Spec]) -> None:
         for spec in specs:
@@ -125,11 +118,8 @@ class KafkaMemoryDriver(MemoryDriver):
     ) -> Any:
         return await super().request(command, data, _with_key(command, data, headers), timeout)
 
-    async def dead_letter(self, spec: Any, name: str | None, *, declare: bool = True) -> str:
-        address = name or f"{literal(spec)}.dlq"
-        if declare:
-            self.bus.keep(address, [SYNTAX.compile(address)])
-        return address
+    def letters_at(self, spec: Any, name: str | None) -> str:
+        return name or f"{literal(spec)}.dlq"
 
 
 def _with_key(

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from ..driver import Sink, SubscriptionSpec
-from ..errors import NoLetters
-from ..letters import Letter
-from ..memory import (
-    Delivery,
-    Entry,
-    MemoryBus,
-    MemoryDriver,
-    MemoryIntake,
-    MemoryLetters,
-    Record,
-    Source,
-)
+from ..driver import Sink, Spec, SubscriptionSpec
+from ..memory import MemoryDriver, MemoryLetters
+from ..memory.bus import Delivery, MemoryBus, MemoryIntake, Record, Source
 from ..message import Message
 from ..testing import Bs, TestBroker
 from .driver import refuse_311
@@ -27,9 +17,6 @@ from .message import MqttMessage, properties_of
 from .options import SYNTAX, MqttPublish, MqttSubscription
 from .outbox import Receipt
 from .wire import LARGEST, Incoming, read_variable, topic_bytes, write_properties
-
-#: A session keeps a message until it is acknowledged: there is no deadline.
-_FOREVER = 3e8
 
 
 class MemoryIncoming(Incoming):
@@ -48,12 +35,43 @@ class Kept(Record, frozen=True):
     """A retained message, as somebody gets it who subscribes later."""
 
 
+class MqttBus(MemoryBus):
+    """Topics of which some have a message that is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Topic → its retained message.
+        self.retained: dict[str, Kept] = {}
+        #: The addresses of dead letters; each letter is a retained message below one of them.
+        self.letters: set[str] = set()
+
+
+class MqttMemoryLetters(MemoryLetters):
+    """The dead letters of one address: the retained messages below it."""
+
+    driver: MqttMemoryDriver
+    order = str
+
+    def records(self) -> dict[str, Record]:
+        super().records()
+        start, retained = f"{self.address}/", self.driver.bus.retained
+        found = {t.removeprefix(start): r for t, r in retained.items() if t.startswith(start)}
+        return dict(sorted(found.items()))
+
+    async def remove(self, id: str) -> bool:
+        return self.driver.bus.retained.pop(f"{self.address}/{id}", None) is not None
+
+
 class MqttMemoryDriver(MemoryDriver):
     """Topics in memory with the rules of MQTT: sessions, shared subscriptions, kept messages."""
 
     name: ClassVar[str] = "mqtt"
     syntax: ClassVar = SYNTAX
     command: ClassVar = MqttPublish
+    envelope: ClassVar[type[Message[Any]]] = MqttMessage
+    bus_class: ClassVar[type[MemoryBus]] = MqttBus
+    letters_class: ClassVar[type[MemoryLetters]] = MqttMemoryLetters
+    bus: MqttBus
     max_payload = LARGEST
     v5 = True
 
@@ -62,11 +80,8 @@ class MqttMemoryDriver(MemoryDriver):
         self._sessions: dict[int, str] = {}
         self._letters: set[str] = set()
 
-    @property
-    def _retained(self) -> dict[str, Record]:
-        """Topic → the message that is kept, of all brokers on the bus."""
-        kept: dict[str, Record] = self.bus.__dict__.setdefault("retained", {})
-        return kept
+    async def declare(self, specs: Sequence[Spec]) -> None:
+        """Nothing: a session begins with its subscription."""
 
     # Subscriptions
 
@@ -77,9 +92,7 @@ class MqttMemoryDriver(MemoryDriver):
         return MqttSource(
             patterns=(spec.topic,),
             durable=self._sessions.get(id(spec), spec.filter),
-            ack_wait=_FOREVER,
-            replay="none",
-            temporary=True,
+            ack_wait=math.inf,
             qos=spec.qos,
         )
 
@@ -98,11 +111,9 @@ class MqttMemoryDriver(MemoryDriver):
         intake = await super().subscribe(spec, sink, lost)
         handling = spec.retained or ("new" if spec.kept else "send")
         if not spec.shared and (handling == "send" or (handling == "new" and new)):
-            for record in [r for t, r in self._retained.items() if intake.addresses[0].matches(t)]:
-                entry = Entry(record, intake.store)
-                self.routed(entry)
-                give = intake.take if intake.store is None else intake.store.put
-                give(entry)
+            store = intake.store
+            for record in [r for t, r in self.bus.retained.items() if store.wants(t)]:
+                self.hand(record, store)
         return intake
 
     def raw(self, delivery: Delivery, source: Source | None) -> Any:
@@ -123,9 +134,6 @@ class MqttMemoryDriver(MemoryDriver):
             delivery=delivery,
         )
 
-    def reply_envelope(self) -> type[Message[Any]]:
-        return MqttMessage
-
     # Publishing
 
     async def publish(
@@ -141,51 +149,22 @@ class MqttMemoryDriver(MemoryDriver):
         taken = await self._send(command, topic, data, headers, command.reply_to)
         if retain and data:
             sequence, now = self.bus.sequence, self.clock.wall()
-            self._retained[topic] = Kept(topic, data, dict(headers or {}), "", sequence, now)
+            self.bus.retained[topic] = Kept(topic, data, dict(headers or {}), "", sequence, now)
         elif retain:
-            self._retained.pop(topic, None)
+            self.bus.retained.pop(topic, None)
         return Receipt(heard=bool(taken)) if command.qos else None
 
     # Dead letters
 
-    async def dead_letter(self, spec: Any, name: str | None, *, declare: bool = True) -> str:
-        address = name or dead_letters_of(spec)
-        if declare:
-            self._letters.add(address)
-            self.bus.__dict__.setdefault("letters", set()).add(address)
-        return address
+    def letters_at(self, spec: Any, name: str | None) -> str:
+        return name or dead_letters_of(spec)
 
-    def letters(self, address: str) -> MqttMemoryLetters:
-        return MqttMemoryLetters(self, address)
+    async def keep_letters(self, address: str) -> None:
+        self._letters.add(address)
+        self.bus.letters.add(address)
 
-
-class MqttMemoryLetters(MemoryLetters):
-    """The dead letters of one address: the retained messages below it."""
-
-    driver: MqttMemoryDriver
-
-    def _letters(self) -> dict[str, Record]:
-        driver, start = self.driver, f"{self.address}/"
-        if self.address not in driver.bus.__dict__.get("letters", ()):
-            raise NoLetters(f"nothing keeps {self.address!r} in this process")
-        found = {
-            t.removeprefix(start): r for t, r in driver._retained.items() if t.startswith(start)
-        }
-        return dict(sorted(found.items()))
-
-    async def read(
-        self, limit: int | None = None, after: str | None = None
-    ) -> AsyncIterator[Letter]:
-        found = [pair for pair in self._letters().items() if after is None or pair[0] > after]
-        for id, record in found[:limit]:
-            message = MqttMessage(self.driver.raw(Delivery(Entry(record)), None), self._link)
-            yield Letter(id, message, datetime.fromtimestamp(record.timestamp, UTC))
-
-    async def count(self) -> int:
-        return len(self._letters())
-
-    async def remove(self, id: str) -> bool:
-        return self.driver._retained.pop(f"{self.address}/{id}", None) is not None
+    def keeps_letters(self, address: str) -> bool:
+        return address in self.bus.letters
 
 
 class TestMqttBroker(TestBroker[*Bs]):

@@ -14,8 +14,9 @@ from nats.js.errors import KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
 
 from ..driver import Spec
-from ..errors import CapabilityError, PublishError, SetupError
-from ..memory import Delivery, MemoryDriver, Record, Source
+from ..errors import PublishError, SetupError
+from ..memory import MemoryDriver
+from ..memory.bus import Delivery, Record, Source
 from ..message import Message
 from ..testing import Bs, TestBroker
 from .consumer import durable_name
@@ -58,6 +59,7 @@ class NatsMemoryDriver(MemoryDriver):
     name: ClassVar[str] = "nats"
     syntax: ClassVar = SYNTAX
     command: ClassVar = NatsPublish
+    envelope: ClassVar[type[Message[Any]]] = NatsMessage
     control_headers: ClassVar[str | tuple[str, ...]] = "Nats-"
     #: The server's default (docs.nats.io, Server Configuration, max_payload).
     max_payload = 1024 * 1024
@@ -66,7 +68,6 @@ class NatsMemoryDriver(MemoryDriver):
         super().__init__(*args, **options)
         self.stores = MemoryStores(self)
         self._retention: dict[str, str] = {}
-        self._ephemeral: dict[int, NatsSubscription] = {}
         self._ids: dict[tuple[str, str], int] = {}
 
     # What a subscription reads
@@ -74,25 +75,21 @@ class NatsMemoryDriver(MemoryDriver):
     def source(self, spec: Any) -> NatsSource:
         assert isinstance(spec, NatsSubscription)
         if spec.obj is not None:
-            _only_real("obj_watch")
+            self.only_real("obj_watch")
         stream = spec.stream_name
         if stream is None:
             return NatsSource(patterns=(spec.subject,), group=spec.queue)
         config = spec.config or ConsumerConfig()
         name = durable_name(spec, self._retention.get(stream, ""))
-        if name is None:
-            self._ephemeral[id(spec)] = spec
         policy = spec.deliver_policy or config.deliver_policy or DeliverPolicy.ALL
         watch = spec.kv
         return NatsSource(
             patterns=tuple(spec.filters) or (">",),
-            durable=f"{stream}/{name or id(spec)}",
-            ack_wait=spec.ack_wait or ACK_WAIT,
+            durable=f"{stream}/{name}" if name is not None else "",
+            ack_wait=(spec.ack_wait or ACK_WAIT) if spec.acknowledged else None,
             max_deliver=max(config.max_deliver or 0, 0),
-            replay=_replay(watch) if watch is not None else _REPLAY.get(policy, "all"),
+            replay=_watched(watch) if watch is not None else _REPLAY.get(policy, "all"),
             kept=stream,
-            acks=spec.acknowledged,
-            temporary=name is None,
             stream=stream,
             consumer=name or f"ms-{id(spec):x}",
             watch=watch,
@@ -118,9 +115,6 @@ class NatsMemoryDriver(MemoryDriver):
         msg = MemoryMsg(None, record.destination, reply, data, dict(record.headers) or None)  # type: ignore[arg-type]
         msg.delivery, msg.unusual = delivery, delivery.unusual
         return msg
-
-    def reply_envelope(self) -> type[Message[Any]]:
-        return NatsMessage
 
     # Streams
 
@@ -150,7 +144,7 @@ class NatsMemoryDriver(MemoryDriver):
     def owner(self, subject: str) -> str | None:
         """The stream that stores messages of a subject."""
         for name, log in self.bus.logs.items():
-            if any(overlap(address.pattern, subject) for address in log.addresses):
+            if any(overlap(address.pattern, subject) for address in log):
                 return name
         return None
 
@@ -172,12 +166,6 @@ class NatsMemoryDriver(MemoryDriver):
             fix="name a subject that the subscription does not read, or set dead_letter= to None",
         )
 
-    async def close(self) -> None:
-        await super().close()
-        for spec in self._ephemeral.values():
-            self.bus.stores.pop(self.source(spec).durable, None)
-        self._ephemeral.clear()
-
     # Publishing
 
     async def publish(
@@ -193,7 +181,7 @@ class NatsMemoryDriver(MemoryDriver):
         if command.stream and owner != stream_name(command.stream):
             raise PublishError(f"{command.subject!r} was not stored: stream= names another stream")
         if command.schedule is not None:
-            _only_real("schedule=")
+            self.only_real("schedule=")
         known = self._ids.get((owner, command.message_id or ""))
         if known is not None:
             return PubAck(stream=owner, seq=known, duplicate=True)
@@ -220,20 +208,14 @@ class NatsMemoryDriver(MemoryDriver):
 
     @property
     def client(self) -> NoReturn:
-        _only_real("the client's connection")
+        self.only_real("the client's connection")
 
     @property
     def js(self) -> NoReturn:
-        _only_real("the client's JetStream context")
+        self.only_real("the client's JetStream context")
 
 
-def _only_real(what: str) -> NoReturn:
-    raise CapabilityError(
-        f"{what} needs a server", fix="test it with TestNatsBroker(broker, with_real=True)"
-    )
-
-
-def _replay(watch: KvWatch) -> str:
+def _watched(watch: KvWatch) -> str:
     return "all" if watch.include_history else "latest"
 
 
@@ -261,7 +243,7 @@ class MemoryStores:
         return MemoryKeyValue(self.driver, bucket)
 
     async def object_storage(self, bucket: str, **settings: Any) -> NoReturn:
-        _only_real("an object store")
+        self.driver.only_real("an object store")
 
 
 class MemoryKeyValue:
@@ -271,7 +253,7 @@ class MemoryKeyValue:
         self.driver, self.bucket = driver, bucket
 
     def __getattr__(self, name: str) -> NoReturn:
-        _only_real(f"KeyValue.{name}")
+        self.driver.only_real(f"KeyValue.{name}")
 
     def _records(self, key: str) -> list[Record]:
         return self.driver.bus.records(f"$KV.{self.bucket}.{key}")
@@ -313,9 +295,9 @@ class MemoryKeyValue:
         return True
 
     async def keys(self) -> list[str]:
-        log = self.driver.bus.logs[f"KV_{self.bucket}"]
-        last = {r.destination: r for r in log.records}
-        return [d.split(".", 2)[2] for d, r in last.items() if not r.headers.get("KV-Operation")]
+        start = f"$KV.{self.bucket}."
+        last = {d: r[-1] for d, r in self.driver.bus.held.items() if d.startswith(start)}
+        return [d.removeprefix(start) for d, r in last.items() if "KV-Operation" not in r.headers]
 
 
 class TestNatsBroker(TestBroker[*Bs]):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
-from weakref import WeakKeyDictionary
 
 import msgspec
 from pika.spec import Basic, BasicProperties
 
 from ..address import Address
-from ..driver import Driver, Sink, Spec, SubscriptionSpec
-from ..errors import CapabilityError, SetupError
-from ..memory import Delivery as Handed
-from ..memory import Entry, MemoryBus, MemoryDriver, MemoryIntake, Source
+from ..driver import Driver, Spec
+from ..errors import SetupError
+from ..memory import MemoryDriver
+from ..memory.bus import Delivery as Handed
+from ..memory.bus import MemoryBus, Source
 from ..message import Message
 from ..testing import Bs, TestBroker
 from .driver import properties_of
@@ -32,8 +33,8 @@ from .options import (
 )
 from .outbox import Unroutable
 
-#: A queue's messages have no deadline: they come back when their consumer goes.
-_NEVER = 10.0**9
+#: Where a stream is read from → which of its messages that is.
+_REPLAY = {"next": "none", "first": "all", "last": "last"}
 
 
 class MemoryDelivery(Delivery):
@@ -71,10 +72,11 @@ class Binding(msgspec.Struct, frozen=True):
         return self.key == key
 
 
-class Exchanges:
-    """The topology of one bus."""
+class RabbitBus(MemoryBus):
+    """Queues with exchanges before them."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.kinds: dict[str, ExchangeType] = {}
         self.queues: dict[str, RabbitQueue] = {}
         self.bindings: dict[Binding, None] = {}
@@ -90,7 +92,7 @@ class Exchanges:
             return
         assert isinstance(exchange, RabbitExchange)
         if exchange.type.value.startswith("x-"):
-            _only_real(f"an exchange of the type {exchange.type.value}")
+            RabbitMemoryDriver.only_real(f"an exchange of the type {exchange.type.value}")
         known = self.kinds.setdefault(name, exchange.type)
         if known is not exchange.type and exchange.declare:
             raise SetupError(
@@ -147,41 +149,23 @@ class _Fixed(dict[str, Any]):
         return hash(repr(sorted(self.items())))
 
 
-_exchanges: WeakKeyDictionary[MemoryBus, Exchanges] = WeakKeyDictionary()
-
-
-class RabbitMemoryIntake(MemoryIntake):
-    """A consumer: what it leaves unsettled is delivered again when it ends."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._open: set[Entry] = set()
-
-    async def _give(self, entry: Entry) -> None:
-        self._open.add(entry)
-        await super()._give(entry)
-        self._open = {e for e in self._open if not e.done}
-
-    async def close(self) -> None:
-        await super().close()
-        for entry in self._open:
-            if self.store is not None and entry.current is not None and not entry.done:
-                self.store.again(entry, 0.0, self.driver.clock)
-
-
 class RabbitMemoryDriver(MemoryDriver):
     """Queues in memory with the rules of RabbitMQ: exchanges, bindings, streams."""
 
     name: ClassVar[str] = "rabbit"
     syntax: ClassVar = SYNTAX
     command: ClassVar = RabbitPublish
+    envelope: ClassVar[type[Message[Any]]] = RabbitMessage
+    bus_class: ClassVar[type[MemoryBus]] = RabbitBus
+    bus: RabbitBus
     control_headers: ClassVar[str | tuple[str, ...]] = CONTROL
     #: The default of the newest servers (rabbitmq.com, max_message_size).
     max_payload = 16 * 1024 * 1024
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.topology = _exchanges.setdefault(self.bus, Exchanges())
+        #: As the real driver has it.
+        self.topology = self.bus
         #: Set by :class:`TestRabbitBroker`, as the real driver has it.
         self.default_exchange: str | RabbitExchange | None = None
 
@@ -191,20 +175,13 @@ class RabbitMemoryDriver(MemoryDriver):
         assert isinstance(spec, RabbitSubscription)
         queue = spec.source
         if not spec.streaming:
-            return Source(patterns=(queue.name,), durable=queue.name, ack_wait=_NEVER)
+            return Source(
+                patterns=(queue.name,), durable=queue.name, ack_wait=math.inf, replay="all"
+            )
         offset = (spec.consume_args or {}).get("x-stream-offset", "next")
-        if offset == "next":
-            return Source(patterns=(queue.name,), kept=queue.name)
-        if offset not in ("first", "last"):
-            _only_real(f"the stream offset {offset!r}")
-        return Source(
-            patterns=(queue.name,),
-            durable=f"{queue.name} from {offset} #{id(spec)}",
-            kept=queue.name,
-            replay="all" if offset == "first" else "last",
-            acks=False,
-            temporary=True,
-        )
+        if offset not in _REPLAY:
+            self.only_real(f"the stream offset {offset!r}")
+        return Source(patterns=(queue.name,), kept=queue.name, replay=_REPLAY[offset])
 
     def compile(self, source: Source) -> list[Address]:
         # The name of a queue is no pattern.
@@ -230,9 +207,6 @@ class RabbitMemoryDriver(MemoryDriver):
         queue = source.patterns[0] if source is not None else ""
         return MemoryDelivery(None, method, properties, record.body, queue, delivery=delivery)
 
-    def reply_envelope(self) -> type[Message[Any]]:
-        return RabbitMessage
-
     async def declare(self, specs: Sequence[Spec]) -> None:
         for spec in specs:
             if isinstance(spec, RabbitSubscription | RabbitPublication):
@@ -247,20 +221,12 @@ class RabbitMemoryDriver(MemoryDriver):
                     await self.topology.queue(spec.target)
         await super().declare(specs)
 
-    async def subscribe(
-        self, spec: SubscriptionSpec, sink: Sink, lost: Callable[[Exception], None]
-    ) -> MemoryIntake:
-        self._check_connected()
-        intake = RabbitMemoryIntake(self, spec, sink, lost)
-        self._intakes.append(intake)
-        return intake
+    def letters_at(self, spec: Any, name: str | None) -> str:
+        return name or f"{spec.source.name}.dlq"
 
-    async def dead_letter(self, spec: Any, name: str | None, *, declare: bool = True) -> str:
-        address = name or f"{spec.source.name}.dlq"
-        if declare:
-            await self.topology.queue(RabbitQueue(address, QueueType.QUORUM))
-            self.bus.keep(f"dead letters: {address}", self.compile(Source(patterns=(address,))))
-        return address
+    async def keep_letters(self, address: str) -> None:
+        await self.topology.queue(RabbitQueue(address, QueueType.QUORUM))
+        await super().keep_letters(address)
 
     # Publishing
 
@@ -304,13 +270,7 @@ class RabbitMemoryDriver(MemoryDriver):
 
     @property
     def publishing(self) -> NoReturn:
-        _only_real("the client's connection")
-
-
-def _only_real(what: str) -> NoReturn:
-    raise CapabilityError(
-        f"{what} needs a server", fix="test it with TestRabbitBroker(broker, with_real=True)"
-    )
+        self.only_real("the client's connection")
 
 
 class TestRabbitBroker(TestBroker[*Bs]):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NoReturn
 
 from ..driver import Spec
-from ..errors import CapabilityError
-from ..memory import Delivery, MemoryDriver, Source
+from ..memory import MemoryDriver
+from ..memory.bus import Delivery, Source
 from ..message import Message
 from ..testing import Bs, TestBroker
 from .driver import LARGEST, literal
@@ -27,6 +27,7 @@ class RedisMemoryDriver(MemoryDriver):
     name: ClassVar[str] = "redis"
     syntax: ClassVar = SYNTAX
     command: ClassVar = RedisPublish
+    envelope: ClassVar[type[Message[Any]]] = RedisChannelMessage
     max_payload = LARGEST
     counts_listeners = True
 
@@ -38,14 +39,14 @@ class RedisMemoryDriver(MemoryDriver):
             return Source(
                 patterns=(address,),
                 kept=address,
-                durable=f"{address}/{stream.group or id(spec)}",
-                ack_wait=stream.ack_wait,
-                acks=spec.acknowledged,
-                temporary=stream.group is None,
+                durable=f"{address}/{stream.group}" if stream.group is not None else "",
+                ack_wait=stream.ack_wait if spec.acknowledged else None,
                 replay="none" if new else "all",
             )
         if (list_ := spec.list_sub) is not None:
-            return Source(patterns=(address,), durable=address, ack_wait=list_.ack_wait)
+            return Source(
+                patterns=(address,), durable=address, ack_wait=list_.ack_wait, replay="all"
+            )
         channel = spec.channel_sub
         if channel is not None and not channel.is_pattern:
             address = "".join(f"\\{c}" if c in "*?[]\\" else c for c in address)
@@ -68,9 +69,6 @@ class RedisMemoryDriver(MemoryDriver):
             delivery=delivery,
         )
 
-    def reply_envelope(self) -> type[Message[Any]]:
-        return RedisChannelMessage
-
     async def declare(self, specs: Sequence[Spec]) -> None:
         for spec in specs:
             if spec.destination.startswith(STREAM):
@@ -81,27 +79,18 @@ class RedisMemoryDriver(MemoryDriver):
         self, command: RedisPublish, data: bytes, headers: dict[str, str] | None
     ) -> Any:
         if command.pipeline is not None:
-            _only_real("pipeline=")
+            self.only_real("pipeline=")
         taken = await self._send(command, command.destination, data, headers, command.reply_to)
         if command.destination.startswith(STREAM):
             return f"{int(self.clock.wall() * 1000)}-{self.bus.sequence}"
         return taken
 
-    async def dead_letter(self, spec: Any, name: str | None, *, declare: bool = True) -> str:
-        address = STREAM + (plain_name(name) if name else f"{literal(spec.destination)}.dlq")
-        if declare:
-            self.bus.keep(address, [SYNTAX.compile(address)])
-        return address
+    def letters_at(self, spec: Any, name: str | None) -> str:
+        return STREAM + (plain_name(name) if name else f"{literal(spec.destination)}.dlq")
 
     @property
     def client(self) -> NoReturn:
-        _only_real("redis-py's client")
-
-
-def _only_real(what: str) -> NoReturn:
-    raise CapabilityError(
-        f"{what} needs a server", fix="test it with TestRedisBroker(broker, with_real=True)"
-    )
+        self.only_real("redis-py's client")
 
 
 class TestRedisBroker(TestBroker[*Bs]):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from millstream.memory import Delivery
+from millstream.memory.bus import Delivery
 from tests.simulation.plan import Plan
 
 

@@ -27,16 +27,8 @@ from millstream.broker import Broker, State
 from millstream.driver import Spec, SubscriptionSpec
 from millstream.endpoints import sends
 from millstream.errors import NotConnected
-from millstream.memory import (
-    Delivery,
-    MemoryBus,
-    MemoryDriver,
-    MemoryEndpoints,
-    MemoryIntake,
-    MemoryPublish,
-    Source,
-    Store,
-)
+from millstream.memory import MemoryBus, MemoryDriver, MemoryEndpoints, MemoryPublish
+from millstream.memory.bus import Delivery, MemoryIntake, Source, Store
 from millstream.message import current_message
 from millstream.subscription import Subscription, SubscriptionState
 from tests.simulation.ledger import Attempt, Ledger

@@ -22,14 +22,13 @@ from millstream.errors import (
     SetupError,
 )
 from millstream.memory import (
-    Delivery,
     MemoryBroker,
     MemoryBus,
     MemoryDriver,
-    MemoryIntake,
     MemoryPublish,
     MemorySubscription,
 )
+from millstream.memory.bus import Delivery, MemoryIntake
 from tests.helpers import eventually
 
 
