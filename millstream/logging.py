@@ -90,20 +90,19 @@ class LineFormatter(logging.Formatter):
         super().__init__()
         self.colors = colors
 
-    def format(self, record: logging.LogRecord) -> str:
+    def formatMessage(self, record: logging.LogRecord) -> str:
         clock = "%H:%M:%S" if self.colors else "%Y-%m-%d %H:%M:%S"
         when = f"{time.strftime(clock, time.localtime(record.created))}.{int(record.msecs):03d}"
         level = f"{record.levelname:<7}"
         name = _SHOWN.get(record.name, record.name)
         pairs = ((name, getattr(record, name, "")) for name in FIELDS)
         tail = " ".join(f"{name}={value}" for name, value in pairs if value != "")
-        text = record.getMessage()
         if self.colors:
             level = f"\x1b[{_COLORS.get(record.levelname, '0')}m{level}\x1b[0m"
             when, name = f"\x1b[2m{when}\x1b[0m", f"\x1b[2m{name}\x1b[0m"
             tail = f"\x1b[2m{tail}\x1b[0m" if tail else ""
-        line = f"{when} {level} {name}  {text}"
-        return _with_traceback(self, record, f"{line}  {tail}" if tail else line)
+        line = f"{when} {level} {name}  {record.message}"
+        return f"{line}  {tail}" if tail else line
 
 
 class JSONFormatter(logging.Formatter):
@@ -118,17 +117,11 @@ class JSONFormatter(logging.Formatter):
         }
         entry |= {name: value for name in FIELDS if (value := getattr(record, name, "")) != ""}
         entry |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
-        if trace := _with_traceback(self, record, ""):
-            entry["exception"] = trace
+        if record.exc_info and not record.exc_text:
+            record.exc_text = self.formatException(record.exc_info)
+        if trace := [part for part in (record.exc_text, record.stack_info) if part]:
+            entry["exception"] = "\n".join(trace)
         return msgspec.json.encode(entry, enc_hook=repr).decode()
-
-
-def _with_traceback(formatter: logging.Formatter, record: logging.LogRecord, line: str) -> str:
-    parts = [line] if line else []
-    if record.exc_info and not record.exc_text:
-        record.exc_text = formatter.formatException(record.exc_info)
-    parts += [part for part in (record.exc_text, record.stack_info) if part]
-    return "\n".join(parts)
 
 
 class _Handler(logging.StreamHandler[TextIO]):

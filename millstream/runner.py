@@ -248,12 +248,11 @@ def _flat(callee: Callee, read: Callable[[Any], Any] | None) -> Callable[..., Aw
     return call
 
 
-def _begin(recipe: Recipe, given: Given) -> list[Any]:
+def _begin(recipe: Recipe, given: Mapping[str, Any]) -> list[Any]:
     """The values before anything is decoded: those that the caller gives."""
     values: list[Any] = [None] * recipe.size
-    if given:
-        for name, i in recipe.given.items():
-            values[i] = given[name]
+    for name, i in recipe.given.items():
+        values[i] = given[name]
     return values
 
 

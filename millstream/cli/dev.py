@@ -12,7 +12,7 @@ from ..errors import ConnectError, MissingExtra
 from .child import Hello
 from .options import RunOptions
 from .output import note, styled
-from .workers import Doorman
+from .sockets import Doorman
 
 log = logging.getLogger("millstream.dev")
 

@@ -14,7 +14,8 @@ from .child import Child, either, ended
 from .options import RunOptions
 from .output import OK, USAGE
 from .run import configure_logging
-from .workers import Doorman, signals
+from .sockets import Doorman
+from .workers import signals
 
 log = logging.getLogger("millstream.reload")
 

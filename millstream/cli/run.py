@@ -148,9 +148,14 @@ async def _run(
     configure_logging(options)
     brokers = target.brokers
     grace = max((broker.graceful_timeout for broker in brokers), default=15.0)
-    hello = Hello(target.title, target.kind == "asgi", [b.driver.describe() for b in brokers])
-    hello.grace, hello.docs = grace, getattr(target.object, "docs_url", None) or ""
-    if target.kind == "asgi":
+    hello = Hello(
+        title=target.title,
+        asgi=target.kind == "asgi",
+        brokers=[broker.driver.describe() for broker in brokers],
+        grace=grace,
+        docs=getattr(target.object, "docs_url", None) or "",
+    )
+    if hello.asgi:
         try:
             from .serve import serve
         except ImportError:
@@ -158,24 +163,17 @@ async def _run(
                 f"{target.title} speaks HTTP and needs a server", fix="pip install uvicorn"
             ) from None
         return OK if await serve(target, brokers, options, channel, hello) else FAILED
+    app, startup = target.app, options.startup()
     if channel is not None:
         channel.hello(hello)
         channel.watch()
-    target.app.on_shutdown(limit.begin)
-    code = await _run_app(target, options, channel)
-    limit.arm(grace)
-    return code
-
-
-async def _run_app(target: Target, options: RunOptions, channel: Channel | None) -> int:
-    app = target.app
-    if channel is not None:
         app.after_startup(channel.ready)
-    startup = options.startup()
+    app.on_shutdown(limit.begin)
     for name in _unused(app, startup):
         log.warning("no start-up hook takes --%s", name.replace("_", "-"))
     async with answering(app, options):
         await app.run(**startup)
+    limit.arm(grace)
     return OK
 
 

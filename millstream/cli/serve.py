@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import socket
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -17,7 +15,7 @@ from ..broker import Broker, State
 from ..errors import StateError
 from .child import Channel, Hello
 from .options import RunOptions, split_known
-from .sockets import listen, url_of
+from .sockets import Doorman, url_of
 from .target import Target, TargetError
 
 log = logging.getLogger("millstream.run")
@@ -43,13 +41,13 @@ async def serve(
     settings = _settings(target, options)
     # Requests are finished first, then messages: a request may wait for one of our handlers.
     hello.grace += settings.setdefault("timeout_graceful_shutdown", int(hello.grace) + 1) or 0.0
-    sock: socket.socket | None = None
+    door = Doorman(options)
     if channel is not None:
         sock = channel.hello(hello)
         channel.watch()
-    if sock is None:
-        port = 8000 if options.port is None else options.port
-        sock = listen(options.host or "127.0.0.1", port, options.uds)
+    else:
+        sock = await door.welcome(hello)
+    assert sock is not None
     url = url_of(sock, "https" if settings.get("ssl_certfile") else "http")
     lifespan = _Lifespan(target.object)
     config = uvicorn.Config(lifespan, log_config=None, interface="asgi3", **settings)
@@ -74,9 +72,7 @@ async def serve(
             return not ended.code
     finally:
         sock.close()
-        if options.uds and channel is None:
-            with contextlib.suppress(OSError):
-                os.unlink(options.uds)
+        door.close()
     if lifespan.error is not None:
         raise lifespan.error
     if server.lost:

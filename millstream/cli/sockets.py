@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import stat
 
 from ..errors import MillstreamError
+from .child import Hello
+from .options import RunOptions
+
+log = logging.getLogger("millstream.run")
 
 
 class BindError(MillstreamError):
@@ -17,14 +22,16 @@ class BindError(MillstreamError):
     code = "MS502"
 
 
-def listen(host: str, port: int, uds: str | None = None) -> socket.socket:
-    """A socket that listens on a TCP port or, with ``uds``, at the path of a Unix socket.
+def listen(options: RunOptions) -> socket.socket:
+    """A socket that listens on a TCP port or, with ``--uds``, at the path of a Unix socket.
 
     Raises:
         BindError: the address is in use, not allowed, or not of this machine.
     """
-    if uds:
-        return listen_unix(uds, 0o666, "--uds")  # as uvicorn: others' proxies have to reach it
+    if options.uds:
+        return listen_unix(options.uds, 0o666, "--uds")  # as uvicorn: others' proxies reach it
+    host = options.host or "127.0.0.1"
+    port = 8000 if options.port is None else options.port
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -82,3 +89,37 @@ def url_of(sock: socket.socket, scheme: str = "http") -> str:
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"{scheme}://{host}:{port}"
+
+
+class Doorman:
+    """Holds the listening socket that children share, bound when the first one asks for it."""
+
+    def __init__(self, options: RunOptions) -> None:
+        self.options = options
+        self.socket: socket.socket | None = None
+        self.url = ""
+
+    async def welcome(self, hello: Hello) -> socket.socket | None:
+        """The socket for a child that wants one.
+
+        Raises:
+            BindError: the address cannot be listened on.
+        """
+        if not hello.asgi:
+            return None
+        if self.socket is None:
+            self.socket = listen(self.options)
+            self.url = url_of(self.socket)
+        return self.socket
+
+    def up(self, hello: Hello, how: str) -> None:
+        """The target is up for the first time."""
+        log.info("%s%s, %s", hello.title, f" on {self.url}" if self.url else "", how)
+
+    def close(self) -> None:
+        """Give the address free."""
+        if self.socket is not None:
+            self.socket.close()
+            if self.options.uds:
+                with contextlib.suppress(OSError):
+                    os.unlink(self.options.uds)

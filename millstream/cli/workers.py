@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
-import socket
 from collections.abc import Iterator
 
 import msgspec
 
-from .child import MARGIN, Child, Hello, either, ended
+from .child import MARGIN, Child, either, ended
 from .options import RunOptions
 from .output import FAILED, OK, USAGE
 from .run import configure_logging
-from .sockets import listen, url_of
+from .sockets import Doorman
 
 log = logging.getLogger("millstream.workers")
 
@@ -26,42 +24,6 @@ STABLE = 10.0
 BACKOFF, BACKOFF_CAP = 0.25, 8.0
 #: Deaths in a row of one worker that end everything.
 CRASH_LIMIT = 5
-
-
-class Doorman:
-    """Holds the listening socket that children share, bound when the first one asks for it."""
-
-    def __init__(self, options: RunOptions) -> None:
-        self.options = options
-        self.socket: socket.socket | None = None
-        self.url = ""
-
-    async def welcome(self, hello: Hello) -> socket.socket | None:
-        """The socket for a child that wants one.
-
-        Raises:
-            BindError: the address cannot be listened on.
-        """
-        if not hello.asgi:
-            return None
-        if self.socket is None:
-            options = self.options
-            port = 8000 if options.port is None else options.port
-            self.socket = listen(options.host or "127.0.0.1", port, options.uds)
-            self.url = url_of(self.socket)
-        return self.socket
-
-    def up(self, hello: Hello, how: str) -> None:
-        """The target is up for the first time."""
-        log.info("%s%s, %s", hello.title, f" on {self.url}" if self.url else "", how)
-
-    def close(self) -> None:
-        """Give the address free."""
-        if self.socket is not None:
-            self.socket.close()
-            if self.options.uds:
-                with contextlib.suppress(OSError):
-                    os.unlink(self.options.uds)
 
 
 @contextlib.contextmanager

@@ -12,15 +12,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
+from collections import UserDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -216,29 +209,16 @@ class Streams:
             self._warn_of_mounted(getattr(app, "routes", ()))
 
 
-class _Overrides(MutableMapping[Any, Any]):
+class _Overrides(UserDict[Any, Any]):
     """An application's ``dependency_overrides``, also after it was given another dict."""
+
+    data: Any = property(lambda self: self.app.dependency_overrides)
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
-    def __getitem__(self, key: Any) -> Any:
-        return self.app.dependency_overrides[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.app.dependency_overrides[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        del self.app.dependency_overrides[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.app.dependency_overrides)
-
-    def __len__(self) -> int:
-        return len(self.app.dependency_overrides)
-
-    def __eq__(self, other: object) -> bool:
-        return bool(self.app.dependency_overrides == other)
+    def __eq__(self, other: object) -> bool:  # asked for each message
+        return bool(self.data == other)
 
 
 async def _plainly(step: Awaitable[Any]) -> None:
