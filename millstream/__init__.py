@@ -30,10 +30,10 @@ from .errors import (
     StopApplication,
     StopConsume,
 )
+from .hooks import apply_types
 from .message import Message, current_message
 from .middleware import BaseMiddleware, ExceptionMiddleware, Middleware
 from .params import Context, Depends, Header, Logger, Path
-from .plan import apply_types
 from .publisher import Publisher, Response
 from .retry import DeadLetter, Exponential, Retry
 from .subscriber import Handler, Subscriber

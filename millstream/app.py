@@ -15,8 +15,9 @@ from .broker import Broker, State
 from .codec import JSON
 from .context import ContextRepo
 from .errors import SetupError, StateError
+from .hooks import call_with
 from .log import default_logger, log_line, silent_logger
-from .plan import Site, call_with
+from .plan import Site
 from .signature import name_of, where_is
 from .types import AnyCallable, Lifespan, LoggerLike
 

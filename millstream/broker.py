@@ -23,8 +23,8 @@ from .errors import (
     NotConnected,
     RemoteError,
     SetupError,
-    SetupErrors,
     StateError,
+    raise_all,
 )
 from .log import Rate, default_logger, log_line, silent_logger
 from .message import Link, Message
@@ -368,7 +368,7 @@ class Broker(Endpoints):
             publication = Publication(publisher, spec, inside, self)
             publisher.publications.append(publication)
             self.publications.append(publication)
-        _raise(errors)
+        raise_all(errors)
 
     def compile(self) -> None:
         """Compile all handlers, without a connection; finds everything that is wrong.
@@ -396,7 +396,7 @@ class Broker(Endpoints):
                     continue
                 if declaration.spec.persistent:
                     self.subscriptions.append(subscription)
-        _raise(errors)
+        raise_all(errors)
 
     def specs(self) -> list[Spec]:
         """All declarations with their prefixes, as the driver declares them."""
@@ -640,13 +640,3 @@ class Broker(Endpoints):
             "connected": self._send is not None and not self._connection_lost,
             "subscriptions": [s.health() for s in self.subscriptions],
         }
-
-
-def _raise(errors: list[SetupError]) -> None:
-    flat: list[SetupError] = []
-    for error in errors:
-        flat.extend(error.errors if isinstance(error, SetupErrors) else [error])
-    if len(flat) == 1:
-        raise flat[0]
-    if flat:
-        raise SetupErrors(flat)

@@ -76,6 +76,17 @@ class SetupErrors(SetupError):
         return "\n".join([f"{self.code} {self.what}", *map(str, self.errors)])
 
 
+def raise_all(errors: list[SetupError]) -> None:
+    """Raise what was found wrong, as one error; nothing if nothing was."""
+    flat: list[SetupError] = []
+    for error in errors:
+        flat.extend(error.errors if isinstance(error, SetupErrors) else [error])
+    if len(flat) == 1:
+        raise flat[0]
+    if flat:
+        raise SetupErrors(flat)
+
+
 class SignatureError(SetupError):
     """A handler's parameter cannot be filled."""
 

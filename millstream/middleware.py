@@ -170,7 +170,7 @@ class ExceptionMiddleware(Middleware):
         return register
 
     def consume(self, call_next: Call, site: Site) -> Call:
-        from .plan import compile_hook
+        from .hooks import compile_hook
 
         if not self._handlers:
             return call_next

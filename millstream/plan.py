@@ -7,8 +7,6 @@ what is left to do per message stands in ``runner.py``.
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +21,10 @@ from .body import (
     reading_parts,
     single_reader,
 )
-from .codec import Codec, as_decode_error, converter, show_type
+from .codec import Codec, converter, show_type
 from .context import ContextRepo, follow
-from .errors import ContextError, DecodeError, SetupError, SetupErrors, SignatureError
-from .message import BatchMessage, Message, current
+from .errors import SetupError, SignatureError, raise_all
+from .message import BatchMessage, Message
 from .middleware import Call
 from .params import MISSING, Bound, Context, Depends, Header, Param, ParameterSource, Path
 from .runner import (
@@ -34,7 +32,6 @@ from .runner import (
     BodyField,
     Callee,
     Cell,
-    Getter,
     Recipe,
     Slot,
     close_all,
@@ -43,8 +40,9 @@ from .runner import (
     runner,
     whole_message,
 )
-from .signature import hints_of, is_dependency, name_of, read_params, where_is
+from .signature import hints_of, is_dependency, read_params
 from .types import LoggerLike
+from .values import guarded, header, of_context, of_message, place
 
 if TYPE_CHECKING:
     from .address import Address
@@ -132,11 +130,15 @@ class _Compiler:
         self.size += 1
         return self.size - 1
 
-    def fail(self, what: str, fix: str, code: str = "MS101") -> None:
-        self.errors.append(SignatureError(what, code=code, where=self._where(), fix=fix))
+    def fail(self, what: str, fix: str, code: str = "MS101") -> Slot:
+        """Note what is wrong; the slot keeps the place, so that all else is checked as well."""
+        where = f"{self.site.name} ({self.site.where})"
+        self.errors.append(SignatureError(what, code=code, where=where, fix=fix))
+        return None, None
 
-    def _where(self) -> str:
-        return f"{self.site.name} ({self.site.where})"
+    def unfilled(self, default: Any, what: str, fix: str, code: str = "MS101") -> Slot:
+        """A parameter that nothing fills but its default."""
+        return self.fail(what, fix, code) if default is MISSING else (default, None)
 
     def callee(
         self,
@@ -185,25 +187,22 @@ class _Compiler:
             self.check_envelope(param)
             return None, whole_message
         if site.address is not None and param.name in site.address.places and not app:
-            return None, self.path(param.name, param.annotation, param.default)
+            return None, place(site.address, param.name, param.annotation)
         for marker in param.markers:
             if type(marker).__module__.partition(".")[0] == "fastapi":
-                self.fail(
+                return self.fail(
                     f"{param.name!r} is marked with {type(marker).__name__} of FastAPI, "
                     "which nobody here fills",
                     "declare the handler on a router of millstream.<broker>.fastapi, "
                     "or use the marker of millstream",
                     "MS105",
                 )
-                return None, None
         if site.spec is None or app:
-            if param.default is not MISSING:
-                return param.default, None
-            self.fail(
+            return self.unfilled(
+                param.default,
                 f"nothing fills the parameter {param.name!r}",
                 "give it a default, or mark it with Context(...) or Depends(...)",
             )
-            return None, None
         return self.body_param(param)
 
     def by_type(self, annotation: Any) -> Any:
@@ -240,67 +239,29 @@ class _Compiler:
         root, *rest = path.split(".")
         convert = converter(param.annotation) if marker.cast else None
         if isinstance(marker, Header):
-            return None, _header(name, default, convert, bool(marker.name))
+            return None, header(name, default, convert, bool(marker.name))
         if isinstance(marker, Path):
-            if site.address is None or name not in site.address.places:
-                if default is not MISSING:
-                    return default, None
-                template = site.address.template if site.address is not None else ""
-                self.fail(
-                    f"Path({name!r}): there is no {{{name}}} in {template!r}",
-                    f"write the address with a placeholder, such as orders.{{{name}}}",
-                    "MS108",
-                )
-                return None, None
-            return None, self.path(name, param.annotation, default)
+            if site.address is not None and name in site.address.places:
+                return None, place(site.address, name, param.annotation)
+            template = site.address.template if site.address is not None else ""
+            return self.unfilled(
+                default,
+                f"Path({name!r}): there is no {{{name}}} in {template!r}",
+                f"write the address with a placeholder, such as orders.{{{name}}}",
+                "MS108",
+            )
         if root == "message":
             if site.spec is None or app:
-                if default is not MISSING:
-                    return default, None
-                self.fail(
-                    f"Context({path!r}): there is no message here",
-                    "give Context a default",
-                    "MS109",
-                )
-                return None, None
-            return None, _walk(rest, path, default, convert) if rest else whole_message
-        roots = site.roots()
-        if root in roots and roots[root] is not None:
-            if not rest:
-                return roots[root], None
-            value = roots[root]
-            return None, _guarded(lambda m, v: follow(value, rest, path), default, convert)
-        repo, initial = site.context, marker.initial
-        key = marker.prefix + name
-
-        def get(message: Any, values: list[Any]) -> Any:
-            if root not in repo:
-                if initial is None:
-                    raise ContextError(
-                        f"{key!r} is not in the context of {site.name} "
-                        f"(context.set_global({root!r}, ...) sets it; or give a default)"
-                    )
-                repo.set_global(root, initial() if callable(initial) else initial)
-            return follow(repo.get(root), rest, key) if rest else repo.get(root)
-
-        return None, _guarded(get, default, convert)
-
-    def path(self, name: str, annotation: Any, default: Any) -> Getter:
-        address = self.site.address
-        assert address is not None
-        find = address.getter(name)
-        if annotation is str or annotation is Any:
-            return lambda m, v: find(m.destination)
-        convert = converter(annotation)
-        what = f"the value of {{{name}}}"
-
-        def get(message: Any, values: list[Any]) -> Any:
-            try:
-                return convert(find(message.destination))
-            except Exception as error:
-                raise as_decode_error(error, what) from error
-
-        return get
+                what = f"Context({path!r}): there is no message here"
+                return self.unfilled(default, what, "give Context a default", "MS109")
+            return None, of_message(rest, path, default, convert) if rest else whole_message
+        known = site.roots().get(root)
+        if known is None:
+            get = of_context(site.context, root, rest, path, marker.initial, site.name)
+            return None, guarded(get, default, convert)
+        if rest:
+            return None, guarded(lambda m, v: follow(known, rest, path), default, convert)
+        return known, None
 
     def depends(self, marker: Any, param: Param | None, app: bool) -> Slot:
         self.has_dependencies = True
@@ -316,11 +277,10 @@ class _Compiler:
             )
             return None, lambda m, v: cell.value
         if not callable(function):
-            self.fail(
+            return self.fail(
                 f"Depends({function!r}): not a callable",
                 "give a function, class or callable object",
             )
-            return None, None
         if scope == "request":
             scope = "message"
         key = (function, scope)
@@ -379,64 +339,6 @@ def _is_message(annotation: Any) -> bool:
     return isinstance(origin, type) and issubclass(origin, Message)
 
 
-def _guarded(get: Getter, default: Any, convert: Callable[[Any], Any] | None) -> Getter:
-    """A getter with a default and a conversion, each only if asked for."""
-
-    def or_default(message: Any, values: list[Any]) -> Any:
-        try:
-            return get(message, values)
-        except ContextError:
-            return default
-
-    plain = get if default is MISSING else or_default
-    if convert is None:
-        return plain
-    change = convert
-
-    def converted(message: Any, values: list[Any]) -> Any:
-        value = plain(message, values)
-        try:
-            return change(value)
-        except Exception as error:
-            raise as_decode_error(error, "a context value") from error
-
-    return converted
-
-
-def _walk(rest: list[str], path: str, default: Any, convert: Callable[[Any], Any] | None) -> Getter:
-    if len(rest) == 1 and default is MISSING and convert is None:
-        attribute = operator.attrgetter(rest[0])
-        if hasattr(Message, rest[0]):
-            return lambda m, v: attribute(m)
-    return _guarded(lambda m, v: follow(m, rest, path), default, convert)
-
-
-def _header(name: str, default: Any, convert: Callable[[Any], Any] | None, exact: bool) -> Getter:
-    names = (name,) if exact else tuple(dict.fromkeys((name, name.replace("_", "-"))))
-    what = f"the header {name!r}"
-
-    def get(message: Any, values: list[Any]) -> Any:
-        headers = message.headers
-        for key in names:
-            if key in headers:
-                break
-        else:
-            wanted = {key.lower() for key in names}
-            key = next((k for k in headers if k.lower() in wanted), "")
-            if not key:
-                if default is MISSING:
-                    raise DecodeError(f"{what} is missing", path=name, expected="a header")
-                return default
-        if convert is None:
-            return headers[key]
-        try:
-            return convert(headers[key])
-        except Exception as error:
-            raise as_decode_error(error, what) from error
-
-    return get
-
-
 def compile_plan(handler: Callable[..., Any], site: Site) -> Plan:
     """Compile a handler for its site.
 
@@ -463,7 +365,7 @@ def compile_plan(handler: Callable[..., Any], site: Site) -> Plan:
             f"{site.name} is a generator", "return one value, and publish more with a publisher"
         )
     body_type, default, fields = _body_layout(compiler)
-    _raise(compiler.errors)
+    raise_all(compiler.errors)
     recipe = compiler.recipe(callee, body_type, default)
     call = runner(recipe)
     for bound in reversed(bounds):
@@ -493,18 +395,11 @@ def compile_plan(handler: Callable[..., Any], site: Site) -> Plan:
     )
 
 
-def _raise(errors: list[SetupError]) -> None:
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise SetupErrors(errors)
-
-
 def _body_layout(compiler: _Compiler) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
-    body = compiler.body
+    body, nothing = compiler.body, (MISSING, MISSING, dict[str, tuple[Any, Any]]())
     compiler.bind_body()
     if not body:
-        return MISSING, MISSING, {}
+        return nothing
     if len(body) == 1:
         (param,) = body.values()
         return param.declared, param.default, {}
@@ -513,7 +408,7 @@ def _body_layout(compiler: _Compiler) -> tuple[Any, Any, dict[str, tuple[Any, An
             f"a batch handler has {len(body)} body parameters: {', '.join(body)}",
             "take one list, such as `orders: list[Order]`",
         )
-        return MISSING, MISSING, {}
+        return nothing
     for param in body.values():
         if param.annotation is bytes:
             compiler.fail(
@@ -522,7 +417,7 @@ def _body_layout(compiler: _Compiler) -> tuple[Any, Any, dict[str, tuple[Any, An
                 "keep one body parameter, or several that are fields of one object; "
                 "mark the rest with Context(...), Header(...), Path(...) or Depends(...)",
             )
-            return MISSING, MISSING, {}
+            return nothing
     fields = {p.name: (p.declared, p.default) for p in body.values()}
     try:
         return fields_type(body), empty_default(body), fields
@@ -531,7 +426,7 @@ def _body_layout(compiler: _Compiler) -> tuple[Any, Any, dict[str, tuple[Any, An
             f"the parameters {', '.join(body)} cannot be fields of one object: {error}",
             "annotate each with a type that can be decoded",
         )
-        return MISSING, MISSING, {}
+        return nothing
 
 
 def _after(
@@ -560,86 +455,12 @@ def _around(bound: Bound, inner: Callable[..., Awaitable[Any]]) -> Callable[...,
     return call
 
 
-# Functions that are no handlers
-
-
 def compile_function(
     function: Callable[..., Any], site: Site, given: Sequence[str] = ()
 ) -> Callable[[Any, Mapping[str, Any]], Awaitable[Any]]:
     """A function whose parameters are filled as a handler's are, some given by the caller."""
     compiler = _Compiler(site, given)
     callee = compiler.callee(function, thread=False)
-    _raise(compiler.errors)
+    raise_all(compiler.errors)
     body_type, default, _ = _body_layout(compiler)
     return runner(compiler.recipe(callee, body_type, default))
-
-
-def compile_hook(
-    function: Callable[..., Any], site: Site
-) -> Callable[[Any, BaseException], Awaitable[Any]]:
-    """A function called with a message and an exception, which is its first parameter."""
-    params, _ = read_params(function)
-    if not params:
-        bare = compile_function(function, site)
-        return lambda message, error: bare(message, {})
-    name = params[0].name
-    run = compile_function(function, site, (name,))
-    return lambda message, error: run(message, {name: error})
-
-
-async def call_with(function: Callable[..., Any], site: Site, extra: Mapping[str, Any]) -> Any:
-    """Call a hook: parameters by name from ``extra``, cast to their annotations; else filled.
-
-    Raises:
-        SetupError: a parameter has no value, or a value that does not fit.
-    """
-    params, _ = read_params(function)
-    given: dict[str, Any] = {}
-    for param in params:
-        if param.name in extra and not any(
-            isinstance(m, Context) or is_dependency(m) for m in param.markers
-        ):
-            try:
-                given[param.name] = converter(param.declared)(extra[param.name])
-            except Exception as error:
-                raise SetupError(
-                    f"the option {param.name!r} of {name_of(function)}(): "
-                    f"{as_decode_error(error, 'value')}",
-                    code="MS112",
-                    where=where_is(function),
-                ) from error
-    run = compile_function(
-        function,
-        msgspec.structs.replace(site, name=name_of(function), where=where_is(function)),
-        tuple(given),
-    )
-    return await run(current.get(), given)
-
-
-def apply_types(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
-    """Fill the marked parameters of any function: Context, Depends, Logger, the message.
-
-    What the caller gives is cast to its annotation; inside a handler the running message is
-    the one that ``Context("message")`` means.
-    """
-    from .codec import JSON
-    from .log import default_logger
-
-    params, _ = read_params(function)
-
-    @functools.wraps(function)
-    async def call(*args: Any, **kwargs: Any) -> Any:
-        message = current.get()
-        site = Site(
-            name=name_of(function),
-            where=where_is(function),
-            codec=JSON(),
-            context=ContextRepo(),
-            logger=default_logger("app"),
-        )
-        if message is not None and message.link.site is not None:
-            site = msgspec.structs.replace(message.link.site, name=site.name, where=site.where)
-        named = dict(zip((p.name for p in params), args, strict=False))
-        return await call_with(function, site, {**named, **kwargs})
-
-    return call
