@@ -254,6 +254,7 @@ class KafkaBroker(KafkaEndpoints, Broker):
             reply_topic=given.get("reply_topic", "millstream.replies"),
             transactional=Transactional(name, limit) if name is not None else None,
             largest=given.get("max_request_size") or 1_048_576,
+            patience=(given.get("request_timeout_ms") or 10_000) / 1000,
         )
         super().__init__(driver, **common)
         self._transactional = name is not None

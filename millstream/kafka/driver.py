@@ -74,6 +74,7 @@ class KafkaDriver:
         reply_topic: str = "millstream.replies",
         transactional: Transactional | None = None,
         largest: int = 1_048_576,
+        patience: float = 10.0,
     ) -> None:
         self.client: Client = make(self._down)
         self._where = where
@@ -89,6 +90,8 @@ class KafkaDriver:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._connected = False
         self._looking = False
+        #: Seconds after which a broker that does not answer is not reached.
+        self._patience = patience
         #: Why no broker is reached at the moment.
         self._reason = ""
         self._replies: Flow | None = None
@@ -110,6 +113,7 @@ class KafkaDriver:
             permanent = "AUTH" in error.code or "SSL" in error.code
             raise ConnectError(f"{self._where}: {error}", permanent=permanent) from error
         self._connected, self._reason = True, ""
+        self._spawn(self._listen())
 
     async def close(self) -> None:
         for flow in list(self.flows):
@@ -143,9 +147,18 @@ class KafkaDriver:
             self._looking = True
             self._spawn(self._look(reason))
 
-    async def _look(self, reason: str) -> None:
+    async def _listen(self) -> None:
+        """Ask for a sign of life now and then: who falls silent is not down for the library."""
+        while True:
+            await asyncio.sleep(self._patience / 2)
+            if self._looking or await self.ping(self._patience) or self._looking:
+                continue
+            self._looking = True
+            await self._look(f"no answer within {self._patience:g} s", sure=True)
+
+    async def _look(self, reason: str, *, sure: bool = False) -> None:
         try:
-            if await self.ping(2.0):
+            if not sure and await self.ping(2.0):
                 return
             self._reason = reason
             self.notify("disconnected", reason)
