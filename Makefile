@@ -94,7 +94,7 @@ bench: $(VENV)/ready
 faults: $(VENV)/ready
 	@rm -f tests/faults/results/faults.jsonl
 	FAULTS=1 FAULTS_RESULTS=$(CURDIR)/tests/faults/results/faults.jsonl $(BIN)/python -m pytest -n $(WORKERS) \
-		tests/faults --deselect tests/faults/test_table.py; \
+		tests/faults tests/kafka/test_transactions.py --deselect tests/faults/test_table.py; \
 	code=$$?; $(BIN)/python -m tests.faults.table && exit $$code
 
 faults-random: $(VENV)/ready

@@ -85,7 +85,7 @@ class Flow:
         self._awaited = 0
         self._dirty = False
         self._careful_until = 0.0
-        #: Set when partitions came for the first time.
+        #: Set when partitions came for the first time, or none will.
         self._assigned = asyncio.Event()
         self._told: set[str] = set()
 
@@ -258,6 +258,7 @@ class Flow:
 
     def _lose(self, error: Exception) -> None:
         self.halted = True
+        self._assigned.set()  # a start waits for nothing any more
         self.lost(error)
 
     async def _made_again(self) -> None:

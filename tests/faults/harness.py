@@ -465,21 +465,45 @@ class Trial:
         broken: list[str],
     ) -> None:
         """Write one line of results."""
-        path = os.environ.get(RESULTS)
-        if not path:
-            return
-        line = {
-            "scenario": scenario,
-            "source": self.source.name,
-            "invariant": invariant,
-            "result": "; ".join(broken) or "holds",
-            "sent": found.sent,
-            "lost": len(found.lost),
-            "duplicated": found.duplicated,
-            "recovery": None if recovery is None else round(recovery, 2),
-        }
-        with Path(path).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        write_result(
+            scenario,
+            self.source.name,
+            invariant,
+            result="; ".join(broken) or "holds",
+            sent=found.sent,
+            lost=len(found.lost),
+            duplicated=found.duplicated,
+            recovery=recovery,
+        )
+
+
+def write_result(
+    scenario: str,
+    source: str,
+    invariant: str,
+    *,
+    sent: int,
+    lost: int = 0,
+    duplicated: int = 0,
+    recovery: float | None = None,
+    result: str = "holds",
+) -> None:
+    """Write one line of results, for the tables of docs/delivery.md."""
+    path = os.environ.get(RESULTS)
+    if not path:
+        return
+    line = {
+        "scenario": scenario,
+        "source": source,
+        "invariant": invariant,
+        "result": result,
+        "sent": sent,
+        "lost": lost,
+        "duplicated": duplicated,
+        "recovery": None if recovery is None else round(recovery, 2),
+    }
+    with Path(path).open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def gaps(records: Iterable[Record], id: str) -> list[float]:

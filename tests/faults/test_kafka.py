@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from millstream import Retry
 from millstream.errors import NotConnected, PublishError, PublishTimeout
 from millstream.kafka import KafkaBroker, Topic
 from tests.faults import registry
-from tests.faults.harness import Trial
+from tests.faults.harness import Trial, write_result
 from tests.faults.sources.base import Setup
 from tests.faults.sources.kafka import KafkaGroup
 from tests.helpers import eventually, unique
@@ -23,15 +24,17 @@ from tests.servers.kafka import KafkaCluster
 class KafkaEager(KafkaGroup):
     """A group that lets go of all partitions whenever it rebalances."""
 
-    name = "kafka-eager"
-
     def subscription(self, setup: Setup) -> dict[str, Any]:
         return super().subscription(setup) | {"partition_assignment_strategy": "range"}
 
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.SOURCES, KafkaEager.name, KafkaEager)
+    monkeypatch.setitem(registry.SOURCES, "kafka-eager", KafkaEager)
+
+
+def loop(source: str) -> str:
+    return "Rebalance in a loop, eager" if source == "kafka-eager" else "Rebalance in a loop"
 
 
 GROUPS = pytest.mark.parametrize("source", ["kafka-eager", "kafka", "kafka-848"])
@@ -50,7 +53,7 @@ async def test_members_come_and_go_all_the_time(tmp_path: Path, source: str) -> 
                 other = await trial.worker()
                 await trial.working(20)
                 await other.stop()
-        await trial.verdict("Rebalance in a loop, 12 times", "no loss, no duplicate")
+        await trial.verdict(f"{loop(source)}, 12 times", "no loss, no duplicate")
 
 
 @GROUPS
@@ -67,7 +70,29 @@ async def test_members_die_all_the_time(tmp_path: Path, source: str) -> None:
                 await trial.working(20)
                 await other.kill()
         await trial.verdict(
-            "Rebalance in a loop, 6 members killed", "no loss, few duplicates", duplicates=6 * 4
+            f"{loop(source)}, 6 members killed", "no loss, few duplicates", duplicates=6 * 4
+        )
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("source", ["kafka", "kafka-848"])
+async def test_a_worker_of_many_lanes_stands_still(tmp_path: Path, source: str) -> None:
+    async with Trial(source, tmp_path, ack_wait=1.0, work=0.1, concurrency=8) as trial:
+        worker = await trial.worker(2)
+        async with trial.load(pace=0.01, keys=50):
+            await trial.working(20)
+            frozen = worker.pids[0]
+            async with trial.fault("stopped", [frozen]):
+                worker.send(signal.SIGSTOP, frozen)
+                await asyncio.sleep(2.5)
+                worker.send(signal.SIGCONT, frozen)
+                before = len(trial.effects())
+            await trial.until(lambda: len(trial.effects()) > before + 50)
+        # Only what ran: nothing that waited in a lane.
+        await trial.verdict(
+            "F11 worker of 8 lanes frozen past its session",
+            "no loss, the others go on",
+            duplicates=8,
         )
 
 
@@ -122,6 +147,15 @@ async def test_a_node_of_three_is_killed_under_load(protocol: Any) -> None:
         await eventually(lambda: confirmed <= handled.keys(), 30)
         await broker.stop()
         # Twice at most what a commit that did not arrive had told.
-        assert sum(handled.values()) - len(handled) <= 3 * 100
+        again = sum(handled.values()) - len(handled)
+        assert again <= 3 * 100
+        write_result(
+            "Nodes of a cluster of three killed under load, one after the other",
+            "kafka" if protocol == "classic" else "kafka-848",
+            "no loss, goes on, few duplicates",
+            sent=len(confirmed),
+            lost=len(confirmed - handled.keys()),
+            duplicated=again,
+        )
     finally:
         await asyncio.to_thread(cluster.remove)

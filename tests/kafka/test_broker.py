@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 from collections import Counter
@@ -574,3 +575,39 @@ async def test_the_server_comes_back(kafka_server: Any) -> None:
         await eventually(lambda: got[-1] == 2, 20)
     finally:
         await broker.stop()
+
+
+async def test_what_comes_back_to_its_last_owner_stays_done(kafka_server: Any) -> None:
+    topic, lost = unique(), asyncio.Event()
+    broker = make(kafka_server)
+    handled, attempts = Counter[int](), Counter[int]()
+
+    @broker.subscriber(
+        Topic(topic, 2),
+        group_id=topic,
+        session_timeout_ms=1500,
+        heartbeat_interval_ms=300,
+        auto_commit_interval_ms=60_000,  # the group knows nothing of what is done
+        on_lost=lambda places: lost.set(),
+        retry=Retry(2),
+    )
+    async def handler(body: int, message: KafkaMessage) -> None:
+        handled[body] += 1
+        attempts[message.attempt] += 1
+
+    await broker.start()
+    try:
+        for again in range(2):  # as often as it has attempts
+            await broker.publish_batch(*range(again * 20, again * 20 + 20), topic=topic, timeout=20)
+            await eventually(lambda again=again: len(handled) == again * 20 + 20, 20)
+            lost.clear()
+            await asyncio.to_thread(kafka_server.kill)
+            with contextlib.suppress(TimeoutError):  # a commit that just left hides it
+                await asyncio.wait_for(lost.wait(), 5)
+            await asyncio.to_thread(kafka_server.start)
+        await broker.publish(40, topic, timeout=20)
+        await eventually(lambda: len(handled) == 41, 20)
+    finally:
+        await broker.stop()
+    assert set(handled.values()) == {1} and set(attempts) == {1}
+    assert await committed(broker, topic, topic) == 41

@@ -16,6 +16,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from millstream import AckPolicy, Batch, Millstream, Retry
 from millstream.errors import BatchFailed, Fenced, MessageTooLarge, SetupError, StateError
 from millstream.kafka import KafkaBroker, KafkaMessage, TestKafkaBroker, Topic
+from tests.faults.harness import write_result
 from tests.helpers import eventually, eventually_sync, unique
 
 QUICK: dict[str, Any] = {"heartbeat_interval_ms": 100, "session_timeout_ms": 3000}
@@ -263,6 +264,7 @@ async def test_a_zombie_is_fenced_and_says_so(kafka: Any, caplog: Any) -> None:
         await old.stop()
         await new.stop()
     assert len(read(kafka, out)) == 2
+    write_result("Zombie producer, while its handlers run", "kafka", "fenced, says so", sent=2)
 
 
 @pytest.mark.parametrize(
@@ -348,6 +350,7 @@ def test_killed_at_any_step_each_result_is_there_once(kafka: Any, point: str) ->
         assert worker.wait(15) == 0
     assert sorted(map(int, read(kafka, out))) == list(range(200))
     assert offset(kafka, topic, topic) == 200
+    write_result(f"Exactly once, killed at {point}", "kafka", "each result once", sent=200)
 
 
 def test_another_process_takes_over_from_one_killed_in_a_transaction(kafka: Any) -> None:
@@ -364,6 +367,8 @@ def test_another_process_takes_over_from_one_killed_in_a_transaction(kafka: Any)
         second.terminate()
         assert second.wait(15) == 0
     assert sorted(map(int, read(kafka, out))) == list(range(200))
+    scenario = "Exactly once, another process takes over from one killed in a transaction"
+    write_result(scenario, "kafka", "each result once", sent=200)
 
 
 def test_a_stopped_process_that_wakes_up_adds_nothing(kafka: Any) -> None:
@@ -386,6 +391,7 @@ def test_a_stopped_process_that_wakes_up_adds_nothing(kafka: Any) -> None:
         assert new.wait(15) == 0
         old.wait(15)
     assert sorted(map(int, read(kafka, out))) == list(range(500))
+    write_result("Zombie producer, frozen, replaced, awake again", "kafka", "fenced", sent=500)
 
 
 async def test_the_server_comes_back_in_the_middle(kafka_server: Any) -> None:
