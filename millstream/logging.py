@@ -20,7 +20,6 @@ import os
 import sys
 import time
 import tomllib
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -184,7 +183,7 @@ def setup(
     handler.addFilter(MessageFilter())
     root.handlers[:] = [handler]
     root.setLevel(number)
-    _unify(_SERVERS)
+    _unify()
     voice = logging.getLogger("millstream")
     if any(isinstance(handler, _ServerVoice) for handler in voice.handlers):
         voice.handlers[:] = [h for h in voice.handlers if not isinstance(h, _ServerVoice)]
@@ -192,9 +191,9 @@ def setup(
     return True
 
 
-def _unify(names: Iterable[str]) -> None:
-    """Let records of these loggers go to the root logger instead of to handlers of their own."""
-    for name in names:
+def _unify() -> None:
+    """Let what servers write go to the root logger instead of to handlers of their own."""
+    for name in _SERVERS:
         logger = logging.getLogger(name)
         if logger.handlers:  # without any, it was switched off on purpose (--no-access-log)
             logger.handlers = []  # a new list: gunicorn's worker shares one between loggers
@@ -230,7 +229,7 @@ def join_server() -> None:
     """
     root, server = logging.getLogger(), _server()
     if any(isinstance(handler, _Handler) for handler in root.handlers):
-        _unify(_SERVERS)
+        _unify()
     elif not root.handlers and server.handlers:
         voice = logging.getLogger("millstream")
         if not voice.handlers:

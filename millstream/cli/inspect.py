@@ -202,18 +202,23 @@ async def publish(
     if not target.brokers:
         raise TargetError(f"{target.title} has no broker to publish with")
     broker: Any = target.brokers[0]
-    options = _publish_options(broker, to, headers, extra) | {"timeout": timeout}
+    kind = type(broker).request.options if rpc else broker.driver.command
+    command = kind(body, timeout=timeout, **_publish_options(broker, headers, extra))
+    if to is not None:
+        command.destination = to
+    if not command.destination:
+        raise TargetError(f"no address: add --{_address_field(kind)} ADDRESS")
+    destination = command.destination
     broker.startup_timeout = min(broker.startup_timeout, timeout)
     try:
         async with broker:
             if rpc:
-                reply = await broker.request(body, **options)
+                reply = await broker._request(command)
                 print(_shown(await reply.decode() if isinstance(reply, Message) else reply))
                 return OK
-            receipt = await broker.publish(body, **options)
+            receipt = await broker._publish(command)
     except RemoteError as error:
         return fail(f"the handler failed: {error}")
-    destination = broker.driver.command(message=body, **options).destination
     print(f"sent to {destination}" if receipt is None else _shown(receipt))
     return OK
 
@@ -226,26 +231,16 @@ def _body(text: str) -> Any:
 
 
 def _publish_options(
-    broker: Broker, to: str | None, headers: Sequence[str], extra: Sequence[str]
+    broker: Broker, headers: Sequence[str], extra: Sequence[str]
 ) -> dict[str, Any]:
-    command = broker.driver.command
-    options, unknown = split_known(parse_extra(extra), command)
+    options, unknown = split_known(parse_extra(extra), broker.driver.command)
     if unknown:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
         raise TargetError(f"{type(broker).__name__} cannot publish with {names}")
-    if headers:
-        pairs = [header.partition("=") for header in headers]
-        if wrong := next((name for name, equals, _ in pairs if not equals or not name), None):
-            raise TargetError(f"--header {wrong}: write name=value")
-        options["headers"] = {name: value for name, _, value in pairs}
-    probe = command(**options)
-    if to is not None:
-        probe.destination = to
-    address = _address_field(command)
-    if not probe.destination:
-        raise TargetError(f"no address: add --{address} ADDRESS")
-    options[address] = probe.destination
-    return options
+    pairs = [header.partition("=") for header in headers]
+    if wrong := next((name for name, equals, _ in pairs if not equals or not name), None):
+        raise TargetError(f"--header {wrong}: write name=value")
+    return options | ({"headers": {name: value for name, _, value in pairs}} if pairs else {})
 
 
 def _address_field(command: type[Any]) -> str:
