@@ -21,7 +21,7 @@ from rich.progress import Progress
 from ..broker import Broker
 from ..endpoints import default_scope
 from ..errors import MillstreamError, NoLetters, NotConnected
-from ..letters import Letter, Letters, many_lines, replay
+from ..letters import CAUSE, REPLAYS, Letter, Letters, many_lines, replay
 from ..subscriber import Subscriber
 from ..subscription import Subscription
 from .inspect import console_of_stdout, plain_table, plural, print_json
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 #: Letters that ``show`` prints where nothing is said.
 _SHOWN = 10
+#: Headers that ``show`` prints in words of its own.
+_PRINTED = CAUSE - {"ms-path", "ms-expected", "ms-got"} | {REPLAYS}
 #: Kinds of problems that are told one by one.
 _TOLD = 5
 
@@ -195,15 +197,14 @@ class Desk:
     async def replay(self, target: Target, *, to_all: bool) -> int:
         """Send letters back."""
 
-        async def act(place: Place, letter: Letter) -> str | None:
+        async def act(place: Place, letter: Letter) -> None:
             if letter.handler and not to_all and letter.handler not in place.handlers:
-                return (
+                raise MillstreamError(
                     f"{self.target} has no subscription {letter.handler!r}: "
                     "--to-all sends to every subscription of the origin"
                 )
             if not self.dry_run:
                 await replay(place.letters, letter, to_all=to_all)
-            return None
 
         return await self._work(target, act, "replayed")
 
@@ -224,10 +225,9 @@ class Desk:
                 print("nothing was dropped")
                 return FAILED
 
-        async def act(place: Place, letter: Letter) -> str | None:
+        async def act(place: Place, letter: Letter) -> None:
             if not self.dry_run:
                 await place.letters.remove(letter.id)
-            return None
 
         return await self._work(target, act, "dropped")
 
@@ -289,12 +289,9 @@ class Desk:
         return groups, places
 
     async def _work(
-        self,
-        target: Target,
-        act: Callable[[Place, Letter], Awaitable[str | None]],
-        done: str,
+        self, target: Target, act: Callable[[Place, Letter], Awaitable[None]], done: str
     ) -> int:
-        """Do something with each letter; ``act`` returns why it was not done."""
+        """Do something with each letter; those that it fails for are counted and stay."""
         groups, problems, names = Groups(), Counter[str](), []
         ended: MillstreamError | None = None
         loop = asyncio.get_running_loop()
@@ -309,13 +306,11 @@ class Desk:
                             await asyncio.sleep(due - loop.time())
                             due = max(due + self.pause, loop.time())
                         try:
-                            problem = await act(place, letter)
+                            await act(place, letter)
                         except NotConnected:
                             raise
                         except MillstreamError as error:
-                            problem = str(error)
-                        if problem is not None:
-                            problems[problem] += 1
+                            problems[str(error)] += 1
                             continue
                         groups.add(place, letter)
                         names.append(place.name(letter))
@@ -396,19 +391,13 @@ def _ago(then: datetime) -> str:
 
 def _described(place: Place, letter: Letter) -> dict[str, Any]:
     body = letter.message.body
-    found: dict[str, Any] = {
-        "id": place.name(letter),
-        "handler": letter.handler,
-        "origin": letter.origin,
-        "error_type": letter.error_type,
-        "error": letter.error,
-        "traceback": letter.traceback,
-        "attempts": letter.attempts,
-        "replays": letter.replays,
-        "failed_at": letter.failed_at,
-        "stored": letter.stored,
-        "headers": dict(letter.headers),
-    }
+    found: dict[str, Any] = {"id": place.name(letter)}
+    for name in (
+        *("handler", "origin", "error_type", "error", "traceback"),
+        *("attempts", "replays", "failed_at", "stored"),
+    ):
+        found[name] = getattr(letter, name)
+    found["headers"] = dict(letter.headers)
     try:
         return found | {"body": msgspec.json.decode(body)}
     except ValueError:
@@ -432,21 +421,15 @@ def _print_letter(console: Console, place: Place, letter: Letter) -> None:
         f"replayed {plural(letter.replays, 'time')}" if letter.replays else "",
     ]
     say(", ".join(part for part in parts if part), "dim")
+    others = (f"{k}: {many_lines(v)}" for k, v in letter.headers.items() if k not in _PRINTED)
     for title, text in (
-        ("headers", "\n".join(f"{k}: {many_lines(v)}" for k, v in _others(letter))),
+        ("headers", "\n".join(others)),
         ("traceback", letter.traceback),
         (f"body, {plural(len(letter.message.body), 'byte')}", _text(letter.message.body)),
     ):
         if text:
             say(title, "dim")
             say("\n".join(f"  {line}" for line in text.rstrip().splitlines()))
-
-
-def _others(letter: Letter) -> list[tuple[str, str]]:
-    """The headers that are not printed otherwise."""
-    told = {"ms-error", "ms-error-type", "ms-traceback", "ms-origin", "ms-attempts"}
-    told |= {"ms-failed-at", "ms-handler", "ms-source", "ms-replays"}
-    return [(name, value) for name, value in letter.headers.items() if name not in told]
 
 
 def _text(body: bytes) -> str:

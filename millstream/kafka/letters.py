@@ -49,17 +49,16 @@ class KafkaLetters:
     ) -> AsyncIterator[Letter]:
         await self._places()
         removed, seen = await self._removed(), 0
-        begin: tuple[int, int] | None = None
+        first, starts = 0, dict[Place, int]()
         if after is not None:
             partition, _, offset = after.partition("-")
-            begin = int(partition), int(offset) + 1
-        client = self.driver.client
-        starts = {Place(self.topic, begin[0]): begin[1]} if begin is not None else {}
-        async for record in client.scan(self.topic, starts):
+            first = int(partition)
+            starts[Place(self.topic, first)] = int(offset) + 1
+        async for record in self.driver.client.scan(self.topic, starts):
             if limit is not None and seen >= limit:
                 return
             id = f"{record.partition}-{record.offset}"
-            if id in removed or (begin is not None and record.partition < begin[0]):
+            if id in removed or record.partition < first:
                 continue
             seen += 1
             message = KafkaMessage(record, self._link)
@@ -68,10 +67,7 @@ class KafkaLetters:
             yield Letter(id, message, stored)
 
     async def count(self) -> int:
-        count = 0
-        async for _ in self.read():
-            count += 1
-        return count
+        return len([letter async for letter in self.read()])
 
     async def remove(self, id: str) -> bool:
         partition, _, offset = id.partition("-")
@@ -85,10 +81,10 @@ class KafkaLetters:
         await self.driver.publish(KafkaPublish(b"", self.marks, id), b"{}", None)
         known.discard(id)
         left = [int(i.partition("-")[2]) for i in known if i.startswith(f"{partition}-")]
-        ends = await client.ends([Place(self.topic, int(partition))])
-        before = min(left, default=ends[Place(self.topic, int(partition))])
+        place = Place(self.topic, int(partition))
+        before = min(left, default=(await client.ends([place]))[place])
         with contextlib.suppress(Broken):  # it is marked all the same
-            await client.cut(Place(self.topic, int(partition)), before)
+            await client.cut(place, before)
         return True
 
     async def resend(self, letter: Letter, headers: dict[str, str]) -> None:

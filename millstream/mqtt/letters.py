@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .driver import MqttDriver
 
 #: A letter's id: when it was made, so that they sort by age, and what makes it unique.
-ID = re.compile(r"(\d{8}T\d{6}\.\d{6}Z)-[0-9a-f-]+")
+ID = re.compile(r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f-]+")
 _TIME = "%Y%m%dT%H%M%S.%fZ"
 #: Seconds until the mark behind the letters is sent again.
 AGAIN = 0.5
@@ -139,17 +139,9 @@ class MqttLetters:
     async def read(
         self, limit: int | None = None, after: str | None = None
     ) -> AsyncIterator[Letter]:
-        left = limit
-        for id, raw in await self._kept("+"):
-            if after is not None and id <= after:
-                continue
-            if left is not None:
-                if left <= 0:
-                    return
-                left -= 1
-            found = ID.fullmatch(id)
-            assert found is not None
-            stored = datetime.strptime(found[1], _TIME).replace(tzinfo=UTC)
+        kept = [one for one in await self._kept("+") if one[0] > (after or "")]
+        for id, raw in kept[:limit]:
+            stored = datetime.strptime(id.partition("-")[0], _TIME).replace(tzinfo=UTC)
             yield Letter(id, MqttMessage(raw, self._link), stored)
 
     async def count(self) -> int:

@@ -21,6 +21,9 @@ from .options import NatsPublish
 if TYPE_CHECKING:
     from .driver import NatsDriver
 
+#: Error codes of the server for a message that is not there (10037), or not any more (10043).
+_GONE = (10037, 10043, 10057)
+
 
 class NatsLetters:
     """The dead letters of one subject; a letter's id is its sequence in the stream."""
@@ -110,7 +113,3 @@ class NatsLetters:
             await inbox.unsubscribe()
         if any((answer.headers or {}).get("Status") == "503" for answer in answers):
             raise NoResponders(f"nobody listens to {command.subject!r}")
-
-
-#: Error codes of the server for a message that is not there (10037), or not any more (10043).
-_GONE = (10037, 10043, 10057)

@@ -85,7 +85,7 @@ class RabbitLetters:
                 after = None
                 self._held[id] = wire, raw.method.delivery_tag
                 held.append(id)
-                yield self._letter(id, raw)
+                yield Letter(id, RabbitMessage(raw, self._link), failed_at(raw))
                 left = None if left is None else left - 1
                 if left == 0:
                     return
@@ -108,10 +108,6 @@ class RabbitLetters:
         """How many messages nobody holds."""
         answer = await wire.call("queue_declare", self.address, passive=True)
         return int(answer.message_count)
-
-    def _letter(self, id: str, raw: Delivery) -> Letter:
-        message = RabbitMessage(raw, self._link)
-        return Letter(id, message, failed_at(raw))
 
     async def count(self) -> int:
         return await self._depth()
