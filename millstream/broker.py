@@ -11,29 +11,27 @@ from typing import Any, Self, TypedDict, Unpack, cast
 
 import msgspec
 
-from . import killpoints
 from .ack import AckPolicy
 from .clock import Clock, LoopClock
-from .codec import Codec, as_decode_error, decode_any
+from .codec import Codec
+from .connection import Connection
 from .context import ContextRepo
 from .driver import Driver, PublishCommand, Spec
-from .endpoints import Endpoints, caller, default_scope
+from .endpoints import Endpoints, Scope, caller, default_scope
 from .errors import (
-    ConnectError,
     NotConnected,
-    RemoteError,
     SetupError,
     StateError,
     raise_all,
 )
-from .log import Rate, default_logger, log_line, silent_logger
-from .message import Link, Message
-from .middleware import Send, fold_publish
+from .log import default_logger, log_line, silent_logger
+from .middleware import Send
 from .params import Depends, ParameterSource
 from .publisher import Publication, Publisher
 from .reader import Reader
-from .retry import DeadLetter, Exponential, Retry
+from .retry import DeadLetter, Retry
 from .runner import AppValues
+from .sending import answer, requester, send_all, sender
 from .spy import Probe
 from .subscriber import Subscriber
 from .subscription import Subscription
@@ -41,6 +39,8 @@ from .types import LoggerLike
 from .watchdog import watch
 
 _UNSET: Any = msgspec.UNSET
+#: The options that a broker has in common with routers.
+_DECLARED = frozenset(Endpoints.__init__.__kwdefaults__ or ())
 
 
 class State(enum.Enum):
@@ -146,18 +146,8 @@ class Broker(Endpoints):
 
     def __init__(self, driver: Driver, **options: Unpack[BrokerOptions]) -> None:
         known_options(options, BrokerOptions, type(self).__name__)
-        super().__init__(
-            prefix=options.get("prefix", ""),
-            codec=options.get("codec"),
-            ack_policy=options.get("ack_policy"),
-            retry=options.get("retry"),
-            dead_letter=options.get("dead_letter", _UNSET),
-            middlewares=options.get("middlewares", ()),
-            dependencies=options.get("dependencies", ()),
-            routers=options.get("routers", ()),
-            parser=options.get("parser"),
-            decoder=options.get("decoder"),
-        )
+        declared: dict[str, Any] = {k: v for k, v in options.items() if k in _DECLARED}
+        super().__init__(**declared)
         self.driver = driver
         self.clock = options.get("clock") or LoopClock()
         self.context = options.get("context") or ContextRepo()
@@ -190,8 +180,7 @@ class Broker(Endpoints):
         self._send: Send | None = None
         self._ask: Send | None = None
         self._stopping: asyncio.Task[None] | None = None
-        self._connection_lost = False
-        self._errors = Rate()
+        self._connection = Connection(self)
 
     @property
     def logger(self) -> LoggerLike:
@@ -219,45 +208,10 @@ class Broker(Endpoints):
 
     # Publishing
 
-    def sender(self, codec: Codec | None, middlewares: Sequence[Any]) -> Send:
-        """The way of a command: middlewares, encoding, driver."""
-        return self._way(codec, middlewares, killpoints.around("publish", self.driver.publish))
-
-    def requester(self, codec: Codec | None, middlewares: Sequence[Any]) -> Send:
-        """The same for requests; gives the raw answer."""
-        driver, default = self.driver, self.request_timeout
-
-        async def request(command: Any, data: bytes, headers: dict[str, str] | None) -> Any:
-            return await driver.request(command, data, headers, command.timeout or default)
-
-        return self._way(codec, middlewares, request, waits=True)
-
-    def _way(
-        self,
-        codec: Codec | None,
-        middlewares: Sequence[Any],
-        deliver: Callable[[Any, bytes, dict[str, str] | None], Coroutine[Any, Any, Any]],
-        waits: bool = False,
-    ) -> Send:
-        encode = (codec or default_scope(self.codec).codec).encode
-        timeout = self.publish_timeout
-
-        async def send(command: Any) -> Any:
-            data, content_type = encode(command.message)
-            if command.content_type is not None:
-                content_type = command.content_type
-            headers = command.headers
-            if content_type is not None or command.correlation_id is not None:
-                headers = dict(headers) if headers else {}
-                if content_type is not None:
-                    headers["content-type"] = content_type
-                if command.correlation_id is not None:
-                    headers["correlation_id"] = command.correlation_id
-            if command.timeout is None and not waits:
-                command.timeout = timeout
-            return await deliver(command, data, headers)
-
-        return fold_publish((*middlewares, *self.test_middlewares), send, None)
+    @property
+    def default_codec(self) -> Codec:
+        """What bodies are written with where nothing else is said."""
+        return default_scope(self.codec).codec
 
     def _publish(self, command: PublishCommand, /) -> Coroutine[Any, Any, Any]:
         if self._send is None:
@@ -267,7 +221,7 @@ class Broker(Endpoints):
     def _request(self, command: PublishCommand, /) -> Coroutine[Any, Any, Any]:
         if self._ask is None:
             raise self._not_connected("request")
-        return self.answer(self._ask, command, getattr(command, "response_model", None))
+        return answer(self, self._ask, command, getattr(command, "response_model", None))
 
     def _not_connected(self, what: str) -> NotConnected:
         hint = (
@@ -284,42 +238,6 @@ class Broker(Endpoints):
             wanted="connected",
         )
 
-    async def answer(self, ask: Send, command: PublishCommand, response_model: Any = None) -> Any:
-        """Send a request; a Message, or its body as ``response_model``.
-
-        Raises:
-            RequestTimeout: no answer in time.
-            NoResponders: nobody listens.
-            RemoteError: the handler on the other side failed.
-            DecodeError: the answer is not a ``response_model``.
-        """
-        raw = await ask(command)
-        link = Link(self.driver, None)
-        codec = default_scope(self.codec).codec
-        link.decode = self.reader_of(codec)
-        message: Message[Any] = self.driver.reply_envelope()(raw, link)
-        kind = message.headers.get("ms-error-type")
-        if kind is not None:
-            raise RemoteError(kind, message.headers.get("ms-error", ""))
-        if response_model is None:
-            return message
-        try:
-            return codec.decoder(response_model)(message.body)
-        except Exception as error:
-            raise as_decode_error(error, "the answer") from error
-
-    def reader_of(self, codec: Codec | None) -> Callable[[Message[Any]], Any]:
-        """Decodes a message by its content type."""
-        used = codec or default_scope(self.codec).codec
-
-        def read(message: Message[Any]) -> Any:
-            try:
-                return decode_any(used, message.body, message.content_type)
-            except Exception as error:
-                raise as_decode_error(error, "the body") from error
-
-        return read
-
     async def publish_batch(self, *messages: Any, **options: Any) -> list[Any]:
         """Publish several messages to one address; ``options`` as for ``publish``.
 
@@ -331,19 +249,8 @@ class Broker(Endpoints):
         """
         if self._send is None:
             raise self._not_connected("publish")
-        send, command = self._send, self.driver.command
-        results: list[Any] = []
-        for start in range(0, len(messages), 500):
-            results += await asyncio.gather(
-                *(send(command(message=m, **options)) for m in messages[start : start + 500]),
-                return_exceptions=True,
-            )
-        errors = [r for r in results if isinstance(r, Exception)]
-        if errors:
-            raise ExceptionGroup(
-                f"{len(errors)} of {len(messages)} messages were not published", errors
-            )
-        return results
+        command = self.driver.command
+        return await send_all(self._send, [command(message=m, **options) for m in messages])
 
     # Declarations
 
@@ -351,8 +258,8 @@ class Broker(Endpoints):
         """Give every declared publisher its way to send; idempotent."""
         scope = default_scope(self.codec)
         own = self.inherited(scope)
-        self._send = self.sender(own.codec, own.middlewares)
-        self._ask = self.requester(own.codec, own.middlewares)
+        self._send = sender(self, own.codec, own.middlewares)
+        self._ask = requester(self, own.codec, own.middlewares)
         self.publications = []
         errors: list[SetupError] = []
         declared = [(d, inside) for d, inside in self.walk(scope) if isinstance(d, Publisher)]
@@ -413,39 +320,15 @@ class Broker(Endpoints):
         if self.state not in (State.NEW, State.STOPPED, State.FAILED):
             return self
         self.state = State.CONNECTING
-        self.driver.notify = self._notified
-        self.driver.clock = self.clock
         try:
-            await self._connect_in_time()
+            await self._connection.open()
             self.bind()
         except BaseException:
             self.state = State.FAILED
-            await self._close_driver()
+            await self._connection.close()
             raise
         self.state = State.CONNECTED
-        self._connection_lost = False
         return self
-
-    async def _connect_in_time(self) -> None:
-        backoff = Exponential(0.5, cap=5.0)
-        deadline = self.clock.now() + self.startup_timeout
-        attempt = 0
-        while True:
-            attempt += 1
-            try:
-                await self.driver.connect()
-                return
-            except ConnectError as error:
-                delay = backoff(attempt)
-                left = deadline - self.clock.now()
-                if error.permanent or delay >= left:
-                    raise
-                log_line(
-                    self.logger,
-                    "warning",
-                    f"{error}; next try in {delay:.1f} s ({left:.0f} s left)",
-                )
-                await self.clock.sleep(delay)
 
     async def start(self) -> None:
         """Connect, compile, declare what is needed and consume.
@@ -473,11 +356,8 @@ class Broker(Endpoints):
             await self._shut(State.FAILED)
             raise
         self.state = State.RUNNING
-        log_line(
-            self.logger,
-            "debug",
-            f"{self.driver.describe()}: {len(self.subscriptions)} subscriptions run",
-        )
+        text = f"{self.driver.describe()}: {len(self.subscriptions)} subscriptions run"
+        log_line(self.logger, "debug", text)
 
     async def stop(self, *exc: object) -> None:
         """Drain and disconnect; safe to call again."""
@@ -495,12 +375,15 @@ class Broker(Endpoints):
         """Stop consuming: no new messages, running handlers finish; publishing goes on."""
         if self.state is not State.RUNNING:
             return
-        self.state = State.DRAINING
-        deadline = self.clock.now() + self.graceful_timeout
-        await asyncio.gather(
-            *(s.stop(deadline) for s in self.subscriptions), return_exceptions=True
-        )
+        await self._drain()
         self.state = State.CONNECTED
+
+    async def _drain(self) -> list[Subscription]:
+        """Stop all subscriptions at once, and tell which they were."""
+        self.state = State.DRAINING
+        deadline, stopped = self.clock.now() + self.graceful_timeout, self.subscriptions
+        await asyncio.gather(*(s.stop(deadline) for s in stopped), return_exceptions=True)
+        return stopped
 
     def hurry(self) -> None:
         """End a running drain now: what still runs is cancelled and handed back."""
@@ -508,38 +391,21 @@ class Broker(Endpoints):
             subscription.hurry()
 
     async def _shut(self, last: State) -> None:
-        """Drain all subscriptions at once, then close; ``last`` is the state afterwards."""
-        self.state = State.DRAINING
-        deadline = self.clock.now() + self.graceful_timeout
-        stopped = self.subscriptions
-        await asyncio.gather(*(s.stop(deadline) for s in stopped), return_exceptions=True)
+        """Drain, then close; ``last`` is the state afterwards."""
+        stopped = await self._drain()
         finished, returned = sum(s.finished for s in stopped), sum(s.returned for s in stopped)
         if stopped and last is State.STOPPED:
-            log_line(
-                self.logger,
-                "info",
-                f"{self.driver.describe()}: finished {finished}, returned {returned}",
-            )
+            text = f"{self.driver.describe()}: finished {finished}, returned {returned}"
+            log_line(self.logger, "info", text)
         for task in list(self._tasks):
             task.cancel()
-        await self._close_driver()
+        await self._connection.close()
         await self.stack.aclose()
         self._send = self._ask = None
         for subscription in stopped:
             if subscription in subscription.subscriber.running:
                 subscription.subscriber.running.remove(subscription)
         self.state = last
-
-    async def _close_driver(self) -> None:
-        try:
-            async with asyncio.timeout(5):
-                await self.driver.close()
-        except Exception as error:
-            log_line(
-                self.logger,
-                "warning",
-                f"{self.driver.describe()}: closing: {type(error).__name__}: {error}",
-            )
 
     async def __aenter__(self) -> Self:
         return await self.connect()
@@ -553,22 +419,16 @@ class Broker(Endpoints):
             return False
         return await self.driver.ping(timeout)
 
-    def _notified(self, event: str, reason: str) -> None:
-        """One line for each change of the connection."""
-        where = self.driver.describe()
-        if event == "disconnected" and not self._connection_lost:
-            self._connection_lost = True
-            if self.state not in (State.DRAINING, State.STOPPED):
-                log_line(self.logger, "warning", f"{where}: connection lost: {reason}")
-        elif event == "reconnected":
-            self._connection_lost = False
-            log_line(self.logger, "info", f"{where}: connected again")
-        elif event == "error":
-            more = self._errors.admit(self.clock.now())
-            if more is not None:
-                log_line(self.logger, "warning", f"{where}: {reason}{more}")
-        elif event == "closed" and self.state in (State.RUNNING, State.STARTING, State.CONNECTED):
+    @property
+    def ending(self) -> bool:
+        """Whether the broker is being stopped, or is."""
+        return self.state in (State.DRAINING, State.STOPPED)
+
+    def closed(self, reason: str) -> None:
+        """The connection is closed and does not come back."""
+        if self.state in (State.RUNNING, State.STARTING, State.CONNECTED):
             self.state = State.FAILED
+            where = self.driver.describe()
             log_line(self.logger, "error", f"{where}: connection closed for good: {reason}")
             self.stop_application()
 
@@ -583,12 +443,9 @@ class Broker(Endpoints):
         if not subscriber.entries:
             raise StateError(f"the subscription of {subscriber.spec.destination!r} has no handler")
         self.bind()
-        started: list[Subscription] = []
-        for declaration, scope in self.walk(default_scope(self.codec)):
-            if declaration is subscriber:
-                subscription = Subscription(subscriber, scope, self)
-                subscription.compile()
-                started.append(subscription)
+        started = [Subscription(subscriber, scope, self) for scope in self._scopes(subscriber)]
+        for subscription in started:
+            subscription.compile()
         await self.values.open(self.stack)
         await self.driver.declare([s.spec for s in started])
         for subscription in started:
@@ -609,15 +466,18 @@ class Broker(Endpoints):
         """Open a subscription that is read from; see :meth:`Subscriber.get_one`."""
         if self._send is None:
             raise self._not_connected("read")
-        for declaration, scope in self.walk(default_scope(self.codec)):
-            if declaration is subscriber:
-                reader = Reader(subscriber, scope, self)
-                reader.compile()
-                await self.driver.declare([reader.spec])
-                await reader.start()
-                self.subscriptions.append(reader)
-                return reader
+        for scope in self._scopes(subscriber):
+            reader = Reader(subscriber, scope, self)
+            reader.compile()
+            await self.driver.declare([reader.spec])
+            await reader.start()
+            self.subscriptions.append(reader)
+            return reader
         raise StateError(f"the subscription of {subscriber.spec.destination!r} is in no broker")
+
+    def _scopes(self, subscriber: Subscriber) -> list[Scope]:
+        """The places where a subscriber is included."""
+        return [s for declared, s in self.walk(default_scope(self.codec)) if declared is subscriber]
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run something beside the messages; cancelled at the end of the drain."""
@@ -637,6 +497,6 @@ class Broker(Endpoints):
         return {
             "broker": self.driver.describe(),
             "state": self.state.value,
-            "connected": self._send is not None and not self._connection_lost,
+            "connected": self._send is not None and not self._connection.lost,
             "subscriptions": [s.health() for s in self.subscriptions],
         }

@@ -23,6 +23,7 @@ from .middleware import Call, fold_consume
 from .params import MISSING
 from .plan import Plan, Site, compile_plan
 from .publisher import Publication, Response
+from .sending import sender
 from .signature import read_params
 from .subscriber import Entry
 
@@ -128,7 +129,7 @@ class Delivery:
             return None
         if not replies and len(publications) == 1:
             return publications[0].result
-        send = self.broker.sender(site.codec, self.scope.middlewares)
+        send = sender(self.broker, site.codec, self.scope.middlewares)
         command_type = self.broker.driver.command
 
         async def respond(message: Message[Any], result: Any) -> None:

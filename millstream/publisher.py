@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -11,6 +10,7 @@ from .driver import PublicationSpec, PublishCommand
 from .errors import NotConnected
 from .message import Message, current
 from .middleware import Send
+from .sending import answer, requester, send_all, sender
 from .spy import Spied
 
 if TYPE_CHECKING:
@@ -93,14 +93,10 @@ class Publication:
         }
         #: Whether what is published is a list, each item of which is a message.
         self.many: bool = spec.many
-        self.send: Send = broker.sender(
-            spec.codec or scope.codec, (*scope.middlewares, *spec.middlewares)
-        )
-        self.request: Send = broker.requester(
-            spec.codec or scope.codec, (*scope.middlewares, *spec.middlewares)
-        )
+        codec, middlewares = spec.codec or scope.codec, (*scope.middlewares, *spec.middlewares)
+        self.send: Send = sender(broker, codec, middlewares)
+        self.request: Send = requester(broker, codec, middlewares)
         if broker.probe is not None:
-            codec = spec.codec or scope.codec
             self.send = broker.probe.sending(publisher, codec, self.send)
             self.request = broker.probe.sending(publisher, codec, self.request)
 
@@ -127,12 +123,7 @@ class Publication:
         commands = [self.make(item, overrides) for item in message]
         for command in commands:
             correlate(command)
-        results = await asyncio.gather(*map(self.send, commands), return_exceptions=True)
-        errors = [r for r in results if isinstance(r, Exception)]
-        if errors:
-            text = f"{len(errors)} of {len(results)} messages were not published"
-            raise ExceptionGroup(text, errors)
-        return results
+        return await send_all(self.send, commands)
 
     async def result(self, message: Message[Any], result: Any) -> None:
         """Publish what a handler returned."""
@@ -210,7 +201,7 @@ class Publisher(Spied):
         publication = self.publication()
         command = publication.make(message, overrides)
         correlate(command)
-        return await publication.broker.answer(publication.request, command, response_model)
+        return await answer(publication.broker, publication.request, command, response_model)
 
     def __repr__(self) -> str:
         return f"<Publisher {self.spec.destination!r}>"
