@@ -373,10 +373,9 @@ class Broker(Endpoints):
 
     async def drain(self) -> None:
         """Stop consuming: no new messages, running handlers finish; publishing goes on."""
-        if self.state is not State.RUNNING:
-            return
-        await self._drain()
-        self.state = State.CONNECTED
+        if self.state is State.RUNNING:
+            await self._drain()
+            self.state = State.CONNECTED
 
     async def _drain(self) -> list[Subscription]:
         """Stop all subscriptions at once, and tell which they were."""
@@ -415,9 +414,7 @@ class Broker(Endpoints):
 
     async def ping(self, timeout: float = 5.0) -> bool:
         """Whether the broker answers within ``timeout`` seconds."""
-        if self._send is None:
-            return False
-        return await self.driver.ping(timeout)
+        return self._send is not None and await self.driver.ping(timeout)
 
     @property
     def ending(self) -> bool:

@@ -19,6 +19,7 @@ ABOVE = {
     "asgi",
     "fastapi",
     "testing",
+    "recorder",
     "logging",
     "annotations",
     "__main__",
