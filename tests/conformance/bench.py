@@ -49,7 +49,8 @@ class Kind:
     plain: Callable[[Bench, str], dict[str, Any]] = lambda bench, address: {}
     #: What sources of this kind cannot be: "patterns" (an address is one place), "fan-out" (each
     #: message goes to one taker), "absence" (nobody tells that a request has no taker),
-    #: "hand-over" (what one member of a group left goes to no other).
+    #: "hand-over" (what one member of a group left goes to no other), "letter order" (who looks at
+    #: some dead letters finds them behind the others the next time).
     lacks: frozenset[str] = frozenset()
 
 

@@ -61,3 +61,37 @@ async def test_a_replay_is_for_the_handler_that_failed(bench: Bench) -> None:
     assert await letters.count() == 0 and not await letters.remove(letter.id)
     await bench.quiet(2.5)
     assert len(got) == 5
+
+
+@needs(Capability.ACK | Capability.NACK, "fan-out", "letter order")
+async def test_letters_are_read_in_parts(bench: Bench) -> None:
+    address, trash = bench.address("work"), bench.address("trash")
+
+    @bench.subscriber(address, retry=Retry(attempts=1), dead_letter=trash)
+    async def failing(body: int) -> None:
+        raise ValueError("no stock")
+
+    await bench.start()
+    failures = bench.broker.subscriptions[0].failing
+    for number in range(1, 5):  # one after the other, so that their order is known
+        await bench.broker.publish(number, address, **bench.stored)
+        await bench.until(lambda number=number: failures.dead_lettered == number)
+    every = await read(bench, trash)
+    assert [letter.message.body for letter in every] == [b"1", b"2", b"3", b"4"]
+
+    letters = bench.broker.driver.letters(trash)
+
+    async def part(limit: int | None, after: int) -> list[str]:
+        found = letters.read(limit, every[after].id)
+        return [letter.id async for letter in found]
+
+    names = [letter.id for letter in every]
+    assert [letter.id async for letter in letters.read(2)] == names[:2]
+    assert await part(None, 1) == names[2:]
+    assert await part(2, 0) == names[1:3]
+    assert await part(1, 3) == []
+    # What is removed is not there any more, and still a place to begin behind.
+    assert await letters.remove(names[1]) and not await letters.remove(names[1])
+    assert await part(None, 1) == names[2:]
+    assert [letter.id for letter in await read(bench, trash)] == [names[0], *names[2:]]
+    assert await letters.count() == 3
