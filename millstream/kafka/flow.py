@@ -35,6 +35,8 @@ FULL, ROOM = 3000, 1000
 CAREFUL, CAREFUL_FOR = 0.05, 30.0
 #: Seconds that a start waits for its place in the group.
 JOINED = 5.0
+#: Seconds that it takes longer if it is refused meanwhile.
+REFUSED = 1.0
 #: Errors that no retry heals.
 _DENIED = ("TOPIC_AUTHORIZATION_FAILED", "GROUP_AUTHORIZATION_FAILED")
 _MISSING = ("UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "UNKNOWN_TOPIC_ID")
@@ -101,6 +103,8 @@ class Flow:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(JOINED):
                 await self._assigned.wait()
+        if self.halted:  # refused; what begins anew is no storm
+            await asyncio.sleep(REFUSED)
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
