@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.common import ROOT, Failed, progress
+from benchmarks.common import ROOT, Failed, progress, table
 from millstream.embedded import EmbeddedNats
 
 #: A section for each.
@@ -135,9 +135,7 @@ def start(peer: str | None) -> list[str]:
     seconds = statistics.median(s for s, _ in starts)
     memory = statistics.median(m for _, m in starts)
     return [
-        "| import | CPU ms |",
-        "|---|--:|",
-        *(f"| `{module}` | {ms:.0f} |" for module, ms in imports.items()),
+        *table("import", ["CPU ms"], {f"`{name}`": [f"{ms:.0f}"] for name, ms in imports.items()}),
         "",
         f"A NATS service under `millstream run`: {seconds * 1000:.0f} ms from start to its",
         f"first handled message, {memory:.0f} MB of memory while idle.",

