@@ -21,7 +21,7 @@ from ..endpoints import (
     produces,
     sends,
 )
-from ..errors import CapabilityError, SetupError, StateError
+from ..errors import CapabilityError, MissingExtra, SetupError, StateError
 from ..security import BaseSecurity
 from ..subscriber import Subscriber
 from .client import Broken, Client
@@ -36,15 +36,20 @@ from .options import (
     Topic,
     TopicPartition,
 )
-from .settings import addresses, confluent, producing
+from .settings import addresses, aiokafka, aiokafka_producing, confluent, producing
 from .transactions import Transactional, check, opened
+
+if TYPE_CHECKING:
+    from .aio import AioClient
 
 
 class KafkaConnect(BrokerOptions, total=False):
     """Options of a Kafka broker: those of every broker, and Kafka's own.
 
     Keys:
-        client: ``confluent`` (confluent-kafka).
+        client: the library: ``confluent`` (confluent-kafka, the default), or ``aiokafka``, which
+            costs about twice as much a message and has neither cooperative rebalancing nor the
+            groups of KIP-848 nor transactions.
         security: how the cluster is reached, and who we are.
         sasl_oauth_token_provider: for SASLOAuthBearer: a function that returns a token, or a
             token and its expiry in seconds since the epoch.
@@ -71,7 +76,7 @@ class KafkaConnect(BrokerOptions, total=False):
         consumer_only, loop, client_rack: accepted for callers of other frameworks.
     """
 
-    client: Literal["confluent"]
+    client: Literal["confluent", "aiokafka"]
     security: BaseSecurity | None
     sasl_oauth_token_provider: Any
     sasl_kerberos_service_name: str | None
@@ -227,16 +232,11 @@ class KafkaBroker(KafkaEndpoints, Broker):
     ) -> None:
         given, common = split_options(options, KafkaConnect, type(self).__name__)
         given["servers"] = addresses(bootstrap_servers)
-        client = given.pop("client", "confluent")
-        if client != "confluent":
-            raise SetupError(f"client={client!r}", fix="'confluent'")
+        self._client = given.pop("client", "confluent")
+        if self._client not in ("confluent", "aiokafka"):
+            raise SetupError(f"client={self._client!r}", fix="'confluent' or 'aiokafka'")
         timeout = given.pop("publish_timeout")
         age = given.get("metadata_max_age_ms")
-        settings, sending = confluent(given), producing(given, timeout)
-
-        def make(down: Callable[[str], None]) -> Client:
-            return Client(settings, sending, down, limit)
-
         name, limit = given.get("transactional_id"), given.get("transaction_timeout_ms", 10_000)
         if name is not None and (not name or limit < 1000):
             raise SetupError(
@@ -245,8 +245,14 @@ class KafkaBroker(KafkaEndpoints, Broker):
             )
         if name is not None and not given.get("enable_idempotence", True):
             raise SetupError("transactional_id with enable_idempotence=False", fix="leave out one")
+        if name is not None and self._client == "aiokafka":
+            raise SetupError(
+                "transactional_id with client='aiokafka', which cannot fence a member whose "
+                "partitions moved",
+                fix="take client='confluent'",
+            )
         driver = KafkaDriver(
-            make,
+            _aiokafka(given, timeout) if self._client == "aiokafka" else _confluent(given, timeout),
             ", ".join(given["servers"]),
             publish_timeout=timeout,
             refresh=age / 1000 if age else None,
@@ -264,6 +270,11 @@ class KafkaBroker(KafkaEndpoints, Broker):
         if self._transactional:
             for subscription in self.subscriptions:
                 check(subscription)
+        if self._client == "aiokafka":
+            from .aio_reader import check as check_aio
+
+            for subscription in self.subscriptions:
+                check_aio(subscription.spec)
 
     def transaction(self) -> AbstractAsyncContextManager[None]:
         """``async with broker.transaction():`` what the block publishes becomes visible at its
@@ -285,6 +296,21 @@ class KafkaBroker(KafkaEndpoints, Broker):
                 fix="KafkaBroker(transactional_id=...), a name that no other process has",
             )
         return opened(self.driver)
+
+
+def _confluent(options: Mapping[str, Any], timeout: float) -> Callable[[Any], Client]:
+    settings, sending = confluent(options), producing(options, timeout)
+    limit = options.get("transaction_timeout_ms", 10_000)
+    return lambda down: Client(settings, sending, down, limit)
+
+
+def _aiokafka(options: Mapping[str, Any], timeout: float) -> Callable[[Any], AioClient]:
+    try:
+        from .aio import AioClient
+    except ImportError as error:
+        raise MissingExtra("aiokafka", "aiokafka", purpose="client='aiokafka'") from error
+    settings, sending = aiokafka(options), aiokafka_producing(options)
+    return lambda down: AioClient(settings, sending, timeout)
 
 
 __all__ = [

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import (
     OFFSET_BEGINNING,
@@ -29,8 +29,11 @@ from confluent_kafka import (
 from confluent_kafka import admin as _administration
 
 from .message import Record, RecordMetadata
-from .offsets import Commit, Partition, Place, records
+from .offsets import Commit, Partition, Place, bundles, records
 from .options import Topic
+
+if TYPE_CHECKING:
+    from .reader import Owner, Plan, Reader
 
 _admin: Any = _administration
 AdminClient, NewTopic, OffsetSpec = _admin.AdminClient, _admin.NewTopic, _admin.OffsetSpec
@@ -90,6 +93,9 @@ class Client:
         down: called on the loop with a reason when no broker is reached any more.
         transaction_timeout_ms: how long a transaction may be open.
     """
+
+    #: How its messages are kept account of: one by one, and many as one.
+    records, bundles = staticmethod(records), staticmethod(bundles)
 
     def __init__(
         self,
@@ -408,6 +414,12 @@ class Client:
                             end = 0.0
         finally:
             await self.ask(consumer.close)
+
+    def reader(self, plan: Plan, owner: Owner) -> Reader:
+        """What reads for a subscription."""
+        from .reader import Reader
+
+        return Reader(self, plan, owner)
 
 
 def _some(consumer: Any) -> list[Any]:

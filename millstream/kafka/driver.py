@@ -7,7 +7,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..address import AddressSyntax
 from ..clock import Clock, LoopClock
@@ -33,6 +33,9 @@ from .reader import Plan
 from .retries import Retries, names, topics
 from .transactions import Send, Transactional, TransactionalFlow, unit_of
 from .transactor import Transactor
+
+if TYPE_CHECKING:
+    from .aio import AioClient
 
 #: Seconds between two looks whether the cluster is back.
 LOOK = 0.5
@@ -65,7 +68,7 @@ class KafkaDriver:
 
     def __init__(
         self,
-        make: Callable[[Callable[[str], None]], Client],
+        make: Callable[[Callable[[str], None]], Client | AioClient],
         where: str,
         *,
         publish_timeout: float = 5.0,
@@ -76,7 +79,7 @@ class KafkaDriver:
         largest: int = 1_048_576,
         patience: float = 10.0,
     ) -> None:
-        self.client: Client = make(self._down)
+        self.client: Client | AioClient = make(self._down)
         self._where = where
         self.publish_timeout, self.refresh, self.create = publish_timeout, refresh, create
         self.reply_topic = reply_topic
@@ -350,6 +353,7 @@ class KafkaDriver:
         async with self._transacting:
             name = f"{self.transactional.id}.publish"
             if self._transactor is None:
+                assert isinstance(self.client, Client)  # the other library has no transactions
                 transactor = Transactor(self.client, name)
                 try:
                     await transactor.open()

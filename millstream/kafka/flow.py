@@ -17,8 +17,8 @@ from ..errors import SetupError
 from ..message import new_id
 from .client import Broken
 from .message import Record
-from .offsets import Commit, Partition, Place, Start, bundles, records
-from .reader import Plan, Reader
+from .offsets import Commit, Partition, Place, Start
+from .reader import Plan
 
 if TYPE_CHECKING:
     from .driver import KafkaDriver
@@ -72,9 +72,10 @@ class Flow:
         self.window = spec.window
         #: How many messages a bundle has at most; 0 for no bundles.
         self.bundle = 0
-        if isinstance(spec.batch, Batch) and self.settles and self.bundles:
+        bundling = self.bundles and driver.client.bundles is not None
+        if isinstance(spec.batch, Batch) and self.settles and bundling:
             self.bundle = spec.batch.size
-        self.reader = Reader(driver.client, plan, self)
+        self.reader = driver.client.reader(plan, self)
         self._full = False
         self._given: Record | None = None
         self._wake: asyncio.Future[None] | None = None
@@ -124,10 +125,11 @@ class Flow:
     def arrived(self, messages: list[Any]) -> None:
         if self.halted:
             return
-        if self.bundle:
-            self.buffer.extend(bundles(messages, self.parts, self.bundle))
+        client = self.driver.client
+        if self.bundle and client.bundles is not None:
+            self.buffer.extend(client.bundles(messages, self.parts, self.bundle))
         else:
-            self.buffer.extend(records(messages, self.parts))
+            self.buffer.extend(client.records(messages, self.parts))
         for part in self.parts.values():
             if not self.settles:
                 part.open.clear()

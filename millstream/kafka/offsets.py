@@ -277,15 +277,13 @@ class Partition:
 _topic, _number = operator.methodcaller("topic"), operator.methodcaller("partition")
 
 
-_topic, _number = operator.methodcaller("topic"), operator.methodcaller("partition")
-
-
 def _ours(pairs: Any) -> bool:
     """Whether headers say something of how a message is to be handled."""
     return any(key.startswith("ms-") for key, _ in pairs or ())
 
 
-def _mark(record: Record) -> None:
+def mark(record: Record) -> None:
+    """Note whether a message was replayed for somebody, as its headers say."""
     if any(key == REPLAY_TO for key, _ in record.pairs or ()):
         record.marked = record.unusual = True
 
@@ -304,7 +302,7 @@ def records(messages: list[Any], parts: Mapping[Any, Partition]) -> list[Record]
         offset, pairs = message.offset(), message.headers()
         made = Record(part, topic, number, offset, message.value(), message.key(), pairs, message)
         if pairs:
-            _mark(made)
+            mark(made)
         if part.plain and offset >= part.next:
             part.next = offset + 1
             part.open.append(made)

@@ -171,3 +171,71 @@ def _with_time(found: Any) -> tuple[str, float]:
             time.time() + _TOKEN,
         )
     )
+
+
+def aiokafka(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of whatever aiokafka connects with."""
+    from aiokafka.helpers import create_ssl_context
+
+    security: BaseSecurity | None = options.get("security")
+    protocol, sasl = mechanism(security)
+    found: dict[str, Any] = {
+        "bootstrap_servers": options["servers"],
+        "client_id": options.get("client_id") or "millstream",
+        "security_protocol": protocol,
+        "request_timeout_ms": 10_000,
+    }
+    for name in ("request_timeout_ms", "retry_backoff_ms", "connections_max_idle_ms"):
+        if options.get(name) is not None:
+            found[name] = options[name]
+    if options.get("metadata_max_age_ms") is not None:
+        found["metadata_max_age_ms"] = options["metadata_max_age_ms"]
+    if security is not None and security.use_ssl:
+        files = (options.get(f"ssl_{name}") for name in ("cafile", "certfile", "keyfile"))
+        cafile, certfile, keyfile = files
+        found["ssl_context"] = security.ssl_context or create_ssl_context(
+            cafile=cafile,
+            certfile=certfile,
+            keyfile=keyfile,
+            password=options.get("ssl_key_password"),
+        )
+    if sasl:
+        found["sasl_mechanism"] = sasl
+    if isinstance(security, SASLPlaintext):
+        found |= {
+            "sasl_plain_username": security.username,
+            "sasl_plain_password": security.password,
+        }
+    if sasl == "OAUTHBEARER":
+        found["sasl_oauth_token_provider"] = _provider(token_of(options))
+    if sasl == "GSSAPI":
+        found["sasl_kerberos_service_name"] = options.get("sasl_kerberos_service_name") or "kafka"
+    return {**found, **(options.get("config") or {})}
+
+
+def _provider(token: Callable[[], tuple[str, float]]) -> Any:
+    import asyncio
+
+    from aiokafka.abc import AbstractTokenProvider
+
+    class Provider(AbstractTokenProvider):  # type: ignore[misc]
+        async def token(self) -> str:
+            return (await asyncio.to_thread(token))[0]
+
+    return Provider()
+
+
+def aiokafka_producing(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of aiokafka's producer besides."""
+    idempotent = options.get("enable_idempotence", True)
+    found: dict[str, Any] = {
+        "enable_idempotence": idempotent,
+        "acks": "all",
+        "max_request_size": options.get("max_request_size") or 1_048_576,
+    }
+    for name in ("compression_type", "max_batch_size", "linger_ms", "partitioner"):
+        if options.get(name) is not None:
+            found[name] = options[name]
+    if not idempotent and options.get("acks") is not None:
+        found["acks"] = options["acks"]
+    return found

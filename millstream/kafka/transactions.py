@@ -23,7 +23,7 @@ from ..ack import AckPolicy, Settlement
 from ..driver import Driver
 from ..errors import Fenced, MessageTooLarge, PublishError, SetupError, StateError
 from ..message import current
-from .client import Broken, Pairs
+from .client import Broken, Client, Pairs
 from .flow import Flow
 from .message import Record, RecordMetadata
 from .offsets import Commit, Partition, Place
@@ -258,6 +258,7 @@ class TransactionalFlow(Flow):
         names = itertools.chain([base], (f"{base}.{n}" for n in itertools.count(2)))
         #: The producer's transactional id: the same after a restart.
         self.name: str = next(name for name in names if name not in taken)
+        assert isinstance(driver.client, Client)  # the other library has no transactions
         self.transactor = Transactor(driver.client, self.name)
         self._committing = asyncio.Lock()
         self._cut = asyncio.Event()

@@ -17,6 +17,10 @@ def kafka(bench: Bench) -> KafkaBroker:
     return KafkaBroker(bench.url, metadata_max_age_ms=300)
 
 
+def aiokafka(bench: Bench) -> KafkaBroker:
+    return KafkaBroker(bench.url, client="aiokafka", metadata_max_age_ms=300)
+
+
 def reader(bench: Bench, address: str, group: str) -> dict[str, Any]:
     return {}
 
@@ -62,5 +66,18 @@ KINDS = [
         server="kafka",
         too_large=2_000_000,
         lacks=_LACKS,
+    ),
+    *(
+        Kind(
+            f"aiokafka{suffix}",
+            capabilities,
+            aiokafka,
+            started,
+            options,
+            server="kafka",
+            too_large=2_000_000,
+            lacks=_LACKS,
+        )
+        for suffix, capabilities, options in (("", _READER, reader), ("-group", _GROUP, group))
     ),
 ]

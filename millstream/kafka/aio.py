@@ -1,0 +1,383 @@
+"""The other client library, aiokafka: no threads and no C, at about twice the cost of a message.
+
+It has neither cooperative rebalancing nor the groups of KIP-848, and its transactions do not
+fence a member whose partitions moved; who wants those takes confluent-kafka.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import errors as _errors
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
+
+from .client import ASK, Broken, Pairs
+from .message import Record, RecordMetadata
+from .offsets import Partition, Place, mark
+from .options import Topic
+from .reader import TURN
+
+if TYPE_CHECKING:
+    from .aio_reader import AioReader
+    from .reader import Owner, Plan
+
+log = logging.getLogger("millstream.kafka")
+# What it says of each attempt to connect and each rebalance, the engine says once.
+if logging.getLogger("aiokafka").level == logging.NOTSET:
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+
+#: Messages that wait for the producer; more are refused for the moment.
+WAITING = 100_000
+#: Kafka's names of errors that somebody asks for, by their numbers.
+_NAMES = {
+    3: "UNKNOWN_TOPIC_OR_PART",
+    10: "MSG_SIZE_TOO_LARGE",
+    17: "TOPIC_EXCEPTION",
+    18: "RECORD_LIST_TOO_LARGE",
+    22: "ILLEGAL_GENERATION",
+    25: "UNKNOWN_MEMBER_ID",
+    27: "REBALANCE_IN_PROGRESS",
+    29: "TOPIC_AUTHORIZATION_FAILED",
+    30: "GROUP_AUTHORIZATION_FAILED",
+    31: "CLUSTER_AUTHORIZATION_FAILED",
+    44: "POLICY_VIOLATION",
+    58: "SASL_AUTHENTICATION_FAILED",
+}
+
+
+def broken(error: BaseException) -> Broken:
+    """What an error of the library is called here."""
+    number = getattr(error, "errno", None)
+    text = str(error).partition("Error: ")[2] or str(error) or type(error).__name__
+    code = _NAMES.get(number, type(error).__name__) if number is not None else ""
+    if isinstance(error, _errors.AuthenticationFailedError):
+        code = "_AUTHENTICATION"
+    elif isinstance(error, _errors.KafkaTimeoutError):
+        code = "_TIMED_OUT"
+    elif "SSL" in text or "certificate" in text:
+        code = "_SSL"
+    return Broken(text, code)
+
+
+def records(messages: list[Any], parts: Mapping[Any, Partition]) -> list[Record]:
+    """Messages of the library as ours: those that belong to a partition, which admits them."""
+    found: list[Record] = []
+    for m in messages:
+        part = parts.get((m.topic, m.partition))
+        if part is not None:
+            made = Record(part, m.topic, m.partition, m.offset, m.value, m.key, m.headers, m)
+            if m.headers:
+                mark(made)
+            if part.admit(made):
+                found.append(made)
+    return found
+
+
+class AioClient:
+    """A connection to a cluster; the same as :class:`millstream.kafka.client.Client`.
+
+    Args:
+        settings: aiokafka's, of everything.
+        producing: of the producer besides.
+        patience: seconds that a message may wait for its confirmation.
+    """
+
+    #: Messages are kept account of one by one.
+    bundles = None
+    records = staticmethod(records)
+
+    def __init__(
+        self, settings: Mapping[str, Any], producing: Mapping[str, Any], patience: float
+    ) -> None:
+        self.settings, self._producing, self._patience = settings, producing, patience
+        self.loop: asyncio.AbstractEventLoop
+        self._admin: Any = None
+        self._producer: Any = None
+        self._looker: Any = None
+        self._waiting: deque[tuple[asyncio.Future[RecordMetadata], dict[str, Any]]] = deque()
+        self._news = asyncio.Event()
+        self._sender: asyncio.Task[None] | None = None
+        #: Messages that are not confirmed.
+        self._open: set[asyncio.Future[RecordMetadata]] = set()
+
+    # Connection
+
+    async def connect(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(ASK):
+                self._admin = AIOKafkaAdminClient(**self.settings)
+                await self._admin.start()
+                self._looker = AIOKafkaConsumer(**self.settings, enable_auto_commit=False)
+                await self._looker.start()
+                await self._produce()
+        except (_errors.KafkaError, OSError, TimeoutError) as error:
+            await self.close()
+            raise broken(error) from error
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _produce(self) -> None:
+        producer = AIOKafkaProducer(**self.settings, **self._producing)
+        try:
+            await producer.start()
+        except BaseException:
+            await producer.stop()
+            raise
+        self._producer = producer
+        self._sender = self.loop.create_task(self._send_on(producer))
+
+    async def close(self) -> None:
+        await self._end_producing()
+        for name, end in (("_looker", "stop"), ("_admin", "close")):
+            client = getattr(self, name)
+            setattr(self, name, None)
+            if client is not None:
+                with contextlib.suppress(Exception):
+                    await getattr(client, end)()
+
+    async def _end_producing(self) -> None:
+        sender, self._sender = self._sender, None
+        producer, self._producer = self._producer, None
+        if sender is not None:
+            sender.cancel()
+        if producer is not None:
+            # It would wait without end for what no broker confirms.
+            ending = asyncio.ensure_future(producer.stop())
+            await asyncio.wait([ending], timeout=2.0 if self._open else ASK)
+            ending.cancel()
+        self._fail(Broken("closed", "_STATE"))
+
+    def _fail(self, problem: Broken) -> None:
+        for future in list(self._open):
+            if not future.done():
+                future.set_exception(problem)
+                future.exception()  # whoever gave up does not have to look
+
+    async def renew(self) -> None:
+        """A new producer in place of one that failed for good."""
+        await self._end_producing()
+        await self._produce()
+
+    async def ping(self, timeout: float) -> None:
+        """Raise :class:`Broken` unless a broker answers in time."""
+        await self.asked(self._need().describe_topics([]))
+
+    def _need(self) -> Any:
+        if self._admin is None:
+            raise Broken("closed", "_STATE")
+        return self._admin
+
+    async def asked(self, question: Any) -> Any:
+        """What the library answers; :class:`Broken` if it cannot."""
+        try:
+            return await question
+        except (_errors.KafkaError, OSError) as error:
+            raise broken(error) from error
+
+    # Publishing
+
+    def send(
+        self,
+        topic: str,
+        value: bytes | None,
+        key: bytes | None,
+        pairs: Pairs,
+        partition: int,
+        timestamp_ms: int,
+    ) -> asyncio.Future[RecordMetadata]:
+        """Give a message to the producer; the future is its confirmation.
+
+        Raises:
+            BufferError: there is no room at the moment.
+            Broken: it will never be taken.
+        """
+        if len(self._open) >= WAITING:
+            raise BufferError
+        if value is None and key is None:  # nothing is deleted by it, and the library wants one
+            value = b""
+        future: asyncio.Future[RecordMetadata] = self.loop.create_future()
+        timer = self.loop.call_later(self._patience, _expire, future)
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
+        future.add_done_callback(lambda _: timer.cancel())
+        where = partition if partition >= 0 else None
+        message = {"value": value, "key": key, "headers": pairs, "partition": where}
+        self._waiting.append(
+            (future, {"topic": topic, "timestamp_ms": timestamp_ms or None, **message})
+        )
+        self._news.set()
+        return future
+
+    async def _send_on(self, producer: Any) -> None:
+        """Give messages to the producer in the order in which they came."""
+        while True:
+            while self._waiting:
+                future, message = self._waiting.popleft()
+                if future.done():
+                    continue
+                try:
+                    sent = await producer.send(**message)
+                except (_errors.KafkaError, OSError, ValueError, AssertionError) as error:
+                    if not future.done():
+                        problem = broken(error)
+                        if "TOO_LARGE" in problem.code:
+                            most = self._producing.get("max_request_size")
+                            text = f"{problem} (max_request_size is {most} bytes)"
+                            problem = Broken(text, problem.code)
+                        future.set_exception(problem)
+                    continue
+                sent.add_done_callback(lambda done, f=future: _confirm(f, done))
+            self._news.clear()
+            await self._news.wait()
+
+    async def flush(self, timeout: float) -> None:
+        if self._open:
+            await asyncio.wait(self._open, timeout=timeout)
+
+    # The cluster
+
+    async def make(self, topics: Sequence[Topic]) -> list[str]:
+        """Make topics that are not there; the names of those that were made."""
+        known = await self.layout([t.name for t in topics])
+        new = [
+            # The empty assignment says that the broker's defaults are wanted.
+            NewTopic(t.name, t.num_partitions or -1, t.replication_factor or -1, {}, t.config or {})
+            if t.num_partitions is None or t.replication_factor is None
+            else NewTopic(t.name, t.num_partitions, t.replication_factor, None, t.config or {})
+            for t in topics
+            if t.name not in known
+        ]
+        if not new:
+            return []
+        answer = await self.asked(self._need().create_topics(new, timeout_ms=int(ASK * 1000)))
+        made: list[str] = []
+        for name, number, text in answer.topic_errors:
+            if number == 0:
+                made.append(name)
+            elif number != _errors.TopicAlreadyExistsError.errno:
+                kind = _errors.for_code(number)
+                raise Broken(text or kind.__name__, _NAMES.get(number, kind.__name__))
+        for _ in range(50 if made else 0):  # until the brokers know them too
+            if len(await self.layout(made)) == len(made):
+                break
+            await asyncio.sleep(0.02)
+        return made
+
+    async def layout(self, topics: Sequence[str] | None) -> Mapping[str, list[int]]:
+        """The partitions of topics, or of all. Unknown ones are left out."""
+        found: dict[str, list[int]] = {}
+        # All of them: asked for a topic that is not there, the cluster would make it.
+        for topic in await self.asked(self._need().describe_topics(None)):
+            if topics is not None and topic["topic"] not in topics:
+                continue
+            number = topic["error_code"]
+            if number == 0:
+                found[topic["topic"]] = sorted(p["partition"] for p in topic["partitions"])
+            elif number not in (3, 5):  # there is none, or it has no leader yet
+                kind = _errors.for_code(number)
+                raise Broken(kind.__name__, _NAMES.get(number, kind.__name__))
+        return found
+
+    async def ids(self, topics: Sequence[str]) -> dict[str, str]:
+        """Its protocol does not tell a topic from an earlier one of its name."""
+        return dict.fromkeys(await self.layout(topics), "")
+
+    async def ends(self, places: Sequence[Place]) -> dict[Place, int]:
+        """The offsets behind the last messages of partitions."""
+        return await self._edges("end_offsets", [TopicPartition(*p) for p in places])
+
+    async def begins(self, places: Sequence[Place]) -> dict[Place, int]:
+        """The offsets of the first messages."""
+        return await self._edges("beginning_offsets", [TopicPartition(*p) for p in places])
+
+    async def times(self, places: Sequence[Place], ms: int) -> dict[Place, int]:
+        """The offsets of the first messages that are not older than that; -1 if all are."""
+        asked = {TopicPartition(*p): ms for p in places}
+        return await self._edges("offsets_for_times", asked)
+
+    async def _edges(self, method: str, asked: Any) -> dict[Place, int]:
+        self._need()
+        found = await self.asked(getattr(self._looker, method)(asked)) if asked else {}
+        return {
+            Place(p.topic, p.partition): -1 if at is None else getattr(at, "offset", at)
+            for p, at in found.items()
+        }
+
+    async def committed(self, group: str, places: Sequence[Place]) -> dict[Place, tuple[int, str]]:
+        """What a group was told: the offset and the note, for partitions where it was."""
+        asked = [TopicPartition(*p) for p in places]
+        end = time.monotonic() + 2 * ASK
+        while True:
+            try:
+                found = await self._need().list_consumer_group_offsets(group, partitions=asked)
+                break
+            except (_errors.KafkaError, OSError) as error:
+                passing = getattr(error, "retriable", True) or getattr(error, "errno", 0) == 15
+                if not passing or time.monotonic() > end:
+                    raise broken(error) from error
+                await asyncio.sleep(TURN)  # its coordinator is chosen
+        return {
+            Place(p.topic, p.partition): (told.offset, told.metadata or "")
+            for p, told in found.items()
+            if told.offset >= 0
+        }
+
+    async def cut(self, place: Place, before: int) -> None:
+        """Delete the messages of a partition before an offset for good."""
+        asked = {TopicPartition(*place): RecordsToDelete(before)}
+        await self.asked(self._need().delete_records(asked))
+
+    async def scan(self, topic: str, starts: Mapping[Place, int]) -> AsyncIterator[Record]:
+        """What a topic has now, partition by partition; nothing is consumed."""
+        settings = {**self.settings, "enable_auto_commit": False}
+        consumer = AIOKafkaConsumer(**settings, isolation_level="read_committed")
+        await self.asked(consumer.start())
+        try:
+            places = [Place(topic, n) for n in (await self.layout([topic])).get(topic, [])]
+            first, last = await self.begins(places), await self.ends(places)
+            for place in places:
+                asked, part = TopicPartition(*place), Partition(place, 0, None)
+                consumer.assign([asked])
+                consumer.seek(asked, max(starts.get(place, 0), first[place]))
+                while await consumer.position(asked) < last[place]:
+                    messages = await self.asked(consumer.getmany(timeout_ms=500))
+                    for record in records(messages.get(asked, []), {place: part}):
+                        yield record
+                    part.open.clear()
+        finally:
+            await consumer.stop()
+
+    # Subscriptions
+
+    def reader(self, plan: Plan, owner: Owner) -> AioReader:
+        """What reads for a subscription."""
+        from .aio_reader import AioReader
+
+        return AioReader(self, plan, owner)
+
+
+def _expire(future: asyncio.Future[RecordMetadata]) -> None:
+    if not future.done():
+        future.set_exception(Broken("no confirmation in time", "_MSG_TIMED_OUT"))
+
+
+def _confirm(future: asyncio.Future[RecordMetadata], done: asyncio.Future[Any]) -> None:
+    error = None if done.cancelled() else done.exception()
+    if future.done():
+        return
+    if done.cancelled():
+        future.set_exception(Broken("closed", "_STATE"))
+    elif error is not None:
+        future.set_exception(broken(error))
+    else:
+        sent = done.result()
+        future.set_result(RecordMetadata(sent.topic, sent.partition, sent.offset, sent.timestamp))

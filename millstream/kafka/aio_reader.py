@@ -1,0 +1,283 @@
+"""Reads for one subscription with aiokafka, in tasks of the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka import errors as _errors
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
+
+from ..driver import SubscriptionSpec
+from ..errors import SetupError
+from .aio import AioClient, broken
+from .client import MOST, Broken
+from .offsets import Commit, Place, Start
+from .options import KafkaSubscription
+from .reader import STILL, TURN, Owner, Plan
+
+log = logging.getLogger("millstream.kafka")
+#: Milliseconds that a member may read nothing: for ever, as its handlers may take any time.
+IDLE = 2**31 - 1
+_ASSIGNORS: dict[str, Any] = {
+    "range": RangePartitionAssignor,
+    "roundrobin": RoundRobinPartitionAssignor,
+    "sticky": StickyPartitionAssignor,
+}
+#: Options of a subscription that are arguments of its consumers under the same name.
+_SAME = (
+    *("group_instance_id", "client_rack", "session_timeout_ms", "heartbeat_interval_ms"),
+    *("isolation_level", "fetch_min_bytes", "fetch_max_bytes", "fetch_max_wait_ms"),
+    *("max_partition_fetch_bytes", "check_crcs"),
+)
+
+
+def check(spec: SubscriptionSpec) -> None:
+    """Raise a :class:`SetupError` for what this library does not know."""
+    assert isinstance(spec, KafkaSubscription)
+    strategy = spec.partition_assignment_strategy
+    if spec.group_protocol != "classic":
+        raise SetupError(
+            f"group_protocol={spec.group_protocol!r} with client='aiokafka'",
+            fix="take client='confluent', or the classic protocol",
+        )
+    if isinstance(strategy, str) and strategy not in _ASSIGNORS:
+        raise SetupError(
+            f"partition_assignment_strategy={strategy!r} with client='aiokafka'",
+            fix=f"one of {', '.join(_ASSIGNORS)}, or client='confluent'",
+        )
+
+
+class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Reads for one subscription; the same as :class:`millstream.kafka.reader.Reader`."""
+
+    member = None
+
+    def __init__(self, client: AioClient, plan: Plan, owner: Owner) -> None:
+        self.client, self.plan, self.owner = client, plan, owner
+        spec = plan.spec
+        settings: dict[str, Any] = {
+            **client.settings,
+            "group_id": plan.group,
+            "enable_auto_commit": False,
+            "auto_offset_reset": plan.begin,
+            "metadata_max_age_ms": int(plan.refresh * 1000),
+            "max_poll_interval_ms": spec.max_poll_interval_ms or IDLE,
+            # The others wait for us so long when the group is shared out anew.
+            "rebalance_timeout_ms": spec.revoke_timeout_ms + 10_000,
+        }
+        for name in _SAME:
+            if getattr(spec, name) is not None:
+                settings[name] = getattr(spec, name)
+        strategy = spec.partition_assignment_strategy or "sticky"
+        if isinstance(strategy, str):
+            strategy = (_ASSIGNORS[strategy],)
+        settings["partition_assignment_strategy"] = strategy
+        self._settings = {**settings, **(spec.config or {})}
+        self._consumer: Any = None
+        self._most = spec.max_poll_records or MOST
+        self._room = asyncio.Event()
+        self._room.set()
+        self._task: asyncio.Task[None] | None = None
+        self._halted: set[Place] = set()
+        self._looked = 0.0
+        #: Until when (``time.monotonic``) it may be believed that the partitions are ours.
+        self.trusted = math.inf
+
+    async def start(self) -> None:
+        plan = self.plan
+        self._consumer = AIOKafkaConsumer(**self._settings)
+        await self.client.asked(self._consumer.start())
+        self._looked = time.monotonic()
+        if plan.partitions or plan.group is None:
+            await self._take(True)
+        else:
+            if any(topic.startswith("^") for topic in plan.topics):
+                some = [t if t.startswith("^") else f"^{re.escape(t)}$" for t in plan.topics]
+                self._consumer.subscribe(pattern="|".join(some), listener=self)
+            else:
+                self._consumer.subscribe(plan.topics, listener=self)
+            self.trust()
+        self._task = asyncio.get_running_loop().create_task(self._live())
+
+    async def close(self) -> None:
+        """Leave the group, after a last commit."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        consumer, self._consumer = self._consumer, None
+        if consumer is None:
+            return
+        try:
+            if self.plan.group is not None:
+                await self._lose(consumer, consumer.assignment())
+        finally:
+            await consumer.stop()
+
+    def hold(self, full: bool) -> None:
+        """Read nothing for now, but stay in the group; or go on."""
+        if full:
+            self._room.clear()
+        else:
+            self._room.set()
+
+    def halt(self, place: Place, stop: bool) -> None:
+        """The same for one partition."""
+        (self._halted.add if stop else self._halted.discard)(place)
+        consumer, asked = self._consumer, TopicPartition(*place)
+        if consumer is not None and asked in consumer.assignment():
+            (consumer.pause if stop else consumer.resume)(asked)
+
+    def trust(self) -> None:
+        """The group has confirmed that we are in it."""
+        self.trusted = time.monotonic() + STILL
+
+    async def refresh(self) -> None:
+        """There is nothing to bring up to date."""
+
+    async def commit(self, commits: Sequence[Commit]) -> None:
+        """Returns when the group knows; :class:`Broken` if it does not take it."""
+        if self._consumer is None:
+            raise Broken("the reader is closed", "_STATE")
+        await self._commit(self._consumer, commits)
+
+    async def _commit(self, consumer: Any, commits: Sequence[Commit]) -> None:
+        offsets = {TopicPartition(c.topic, c.partition): (c.offset, c.note) for c in commits}
+        await self.client.asked(consumer.commit(offsets))
+
+    async def seek(self, place: Place, offset: int) -> None:
+        """Read a partition from there; the owner is told when it is so."""
+        if self._consumer is None or TopicPartition(*place) not in self._consumer.assignment():
+            raise Broken(f"{place} is not read", "_STATE")
+        self._consumer.seek(TopicPartition(*place), offset)
+        self.owner.moved(Start(*place, offset, None))
+
+    # Reading
+
+    async def _live(self) -> None:
+        consumer, room = self._consumer, self._room
+        while True:
+            now = time.monotonic()
+            if now <= self.trusted < math.inf:
+                self.trusted = now + STILL
+            try:
+                if now > self._looked + self.plan.refresh:
+                    await self._look()
+                if not consumer.assignment():
+                    await asyncio.sleep(TURN)
+                    continue
+                if not room.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(TURN):
+                            await room.wait()
+                    continue
+                found = await consumer.getmany(timeout_ms=int(TURN * 1000), max_records=self._most)
+                for messages in found.values():
+                    self.owner.arrived(messages)
+            except (_errors.KafkaError, OSError, Broken) as error:
+                problem = error if isinstance(error, Broken) else broken(error)
+                log.debug("%s: %s", self.plan.spec.destination, problem)
+                self.owner.failed(problem)
+                await asyncio.sleep(TURN)
+
+    async def _look(self) -> None:
+        """Look for new partitions, where no group gives us ours, and for topics that are gone."""
+        self._looked = time.monotonic()
+        plan = self.plan
+        if plan.group is None and not plan.partitions:
+            await self._take(False)
+        elif not plan.topics[0].startswith("^"):
+            known = await self.client.layout(plan.topics)
+            if gone := [name for name in plan.topics if name not in known]:
+                raise Broken(f"{', '.join(gone)}: there is no such topic", "UNKNOWN_TOPIC_OR_PART")
+
+    async def _take(self, first: bool) -> None:
+        """Take partitions without a group: those given, or all that there are."""
+        consumer, plan = self._consumer, self.plan
+        mine = consumer.assignment()
+        if plan.partitions:
+            begin = dict(plan.partitions)
+        else:
+            single = not plan.topics[0].startswith("^")
+            there = await self.client.layout(plan.topics if single else None)
+            late = -1 if first and plan.begin == "latest" else -2
+            begin = {
+                Place(name, number): late
+                for name, numbers in there.items()
+                if plan.wants(name)
+                for number in numbers
+                if (name, number) not in mine
+            }
+        starts = await self._starts(begin)
+        if first or starts:
+            starts = await self.owner.gained(starts) or starts
+        if not starts:
+            return
+        before = {p: await consumer.position(p) for p in mine}
+        consumer.assign([*mine, *(TopicPartition(*s[:2]) for s in starts)])
+        for partition, offset in before.items():
+            consumer.seek(partition, offset)
+        for start in starts:
+            consumer.seek(TopicPartition(*start[:2]), start.offset)
+        for place in self._halted:
+            self.halt(place, True)
+
+    async def _starts(self, begin: Mapping[Place, int]) -> list[Start]:
+        """Where partitions begin, as the group or the log tells."""
+        told: dict[Place, tuple[int, str]] = {}
+        asked = [place for place, offset in begin.items() if offset == -1001]
+        if asked and self.plan.group is not None:
+            told = await self.client.committed(self.plan.group, asked)
+        offsets = {**begin, **{place: offset for place, (offset, _) in told.items()}}
+        end = -1001 if self.plan.begin == "latest" else None
+        late = [place for place, offset in offsets.items() if offset in (-1, end)]
+        offsets |= await self.client.ends(late)
+        offsets |= await self.client.begins([p for p, offset in offsets.items() if offset < 0])
+        return [
+            Start(*p, offset, told[p][1] if p in told else None) for p, offset in offsets.items()
+        ]
+
+    # What the library calls while the group is shared out anew
+
+    async def on_partitions_assigned(self, assigned: Any) -> None:
+        consumer = self._consumer
+        places = [Place(p.topic, p.partition) for p in assigned]
+        while consumer is not None:
+            try:
+                starts = await self._starts(dict.fromkeys(places, -1001))
+                break
+            except Broken as error:
+                self.owner.failed(error)
+                await asyncio.sleep(TURN)
+        else:
+            return
+        starts = await self.owner.gained(starts) or starts
+        for start in starts:
+            partition = TopicPartition(*start[:2])
+            if partition in consumer.assignment():
+                consumer.seek(partition, start.offset)
+        self.trust()
+
+    async def on_partitions_revoked(self, revoked: Any) -> None:
+        if self._consumer is not None:
+            await self._lose(self._consumer, revoked)
+
+    async def _lose(self, consumer: Any, partitions: Any) -> None:
+        places = [Place(p.topic, p.partition) for p in partitions]
+        self._halted.difference_update(places)
+        commits = await self.owner.losing(places, gone=False)
+        if commits:
+            try:
+                await self._commit(consumer, commits)
+            except Broken as error:
+                log.warning("the last commit before a partition went was refused: %s", error)
