@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -104,6 +104,7 @@ class AioClient:
         self._waiting: deque[tuple[asyncio.Future[RecordMetadata], dict[str, Any]]] = deque()
         self._news = asyncio.Event()
         self._sender: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
         #: Messages that are not confirmed.
         self._open: set[asyncio.Future[RecordMetadata]] = set()
 
@@ -136,6 +137,8 @@ class AioClient:
         self._sender = self.loop.create_task(self._send_on(producer))
 
     async def close(self) -> None:
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=ASK)
         await self._end_producing()
         for name, end in (("_looker", "stop"), ("_admin", "close")):
             client = getattr(self, name)
@@ -143,6 +146,13 @@ class AioClient:
             if client is not None:
                 with contextlib.suppress(Exception):
                     await getattr(client, end)()
+
+    def ending(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Have a reader end; the client waits for it."""
+        task = self.loop.create_task(work)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        return task
 
     async def _end_producing(self) -> None:
         sender, self._sender = self._sender, None
@@ -336,7 +346,7 @@ class AioClient:
         asked = {TopicPartition(*place): RecordsToDelete(before)}
         await self.asked(self._need().delete_records(asked))
 
-    async def scan(self, topic: str, starts: Mapping[Place, int]) -> AsyncIterator[Record]:
+    async def scan(self, topic: str, starts: Mapping[Place, int]) -> AsyncGenerator[Record, None]:
         """What a topic has now, partition by partition; nothing is consumed."""
         settings = {**self.settings, "enable_auto_commit": False}
         consumer = AIOKafkaConsumer(**settings, isolation_level="read_committed")

@@ -111,6 +111,10 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def close(self) -> None:
         """Leave the group, after a last commit."""
+        # A task of its own: whoever asks may be cancelled meanwhile, as the handler that stops.
+        await asyncio.shield(self.client.ending(self._end()))
+
+    async def _end(self) -> None:
         task, self._task = self._task, None
         if task is not None:
             task.cancel()

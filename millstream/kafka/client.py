@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -391,7 +391,7 @@ class Client:
         """Delete the messages of a partition before an offset for good."""
         await self.admin("delete_records", [TopicPartition(*place, before)])
 
-    async def scan(self, topic: str, starts: Mapping[Place, int]) -> AsyncIterator[Record]:
+    async def scan(self, topic: str, starts: Mapping[Place, int]) -> AsyncGenerator[Record, None]:
         """What a topic has now, partition by partition; nothing is consumed."""
         settings = {**self.settings, "group.id": "ms-scan", "enable.auto.commit": False}
         settings |= {"enable.partition.eof": True, "isolation.level": "read_committed"}

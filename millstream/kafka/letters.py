@@ -54,17 +54,18 @@ class KafkaLetters:
             partition, _, offset = after.partition("-")
             first = int(partition)
             starts[Place(self.topic, first)] = int(offset) + 1
-        async for record in self.driver.client.scan(self.topic, starts):
-            if limit is not None and seen >= limit:
-                return
-            id = f"{record.partition}-{record.offset}"
-            if id in removed or record.partition < first:
-                continue
-            seen += 1
-            message = KafkaMessage(record, self._link)
-            stored = message.timestamp
-            assert stored is not None
-            yield Letter(id, message, stored)
+        async with contextlib.aclosing(self.driver.client.scan(self.topic, starts)) as found:
+            async for record in found:
+                if limit is not None and seen >= limit:
+                    return
+                id = f"{record.partition}-{record.offset}"
+                if id in removed or record.partition < first:
+                    continue
+                seen += 1
+                message = KafkaMessage(record, self._link)
+                stored = message.timestamp
+                assert stored is not None
+                yield Letter(id, message, stored)
 
     async def count(self) -> int:
         return len([letter async for letter in self.read()])
