@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections import deque
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka import errors as _errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
+from aiokafka.conn import create_conn
 
+from ..security import tls_fault
 from .client import ASK, Broken, Pairs
 from .message import Record, RecordMetadata
 from .offsets import Partition, Place, mark
@@ -35,6 +38,12 @@ if logging.getLogger("aiokafka").level == logging.NOTSET:
 
 #: Messages that wait for the producer; more are refused for the moment.
 WAITING = 100_000
+#: What a single connection is made with.
+_GREETING = {
+    *("client_id", "request_timeout_ms", "ssl_context", "security_protocol", "sasl_mechanism"),
+    *("sasl_plain_username", "sasl_plain_password", "sasl_oauth_token_provider"),
+    *("sasl_kerberos_service_name", "sasl_kerberos_domain_name"),
+}
 #: Kafka's names of errors that somebody asks for, by their numbers.
 _NAMES = {
     3: "UNKNOWN_TOPIC_OR_PART",
@@ -61,8 +70,8 @@ def broken(error: BaseException) -> Broken:
         code = "_AUTHENTICATION"
     elif isinstance(error, _errors.KafkaTimeoutError):
         code = "_TIMED_OUT"
-    elif "SSL" in text or "certificate" in text:
-        code = "_SSL"
+    if (fault := tls_fault(error)) is not None:
+        text, code = fault, "_SSL"
     return Broken(text, code)
 
 
@@ -114,27 +123,31 @@ class AioClient:
         self.loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(ASK):
+                await self._greet()
                 self._admin = AIOKafkaAdminClient(**self.settings)
                 await self._admin.start()
                 self._looker = AIOKafkaConsumer(**self.settings, enable_auto_commit=False)
                 await self._looker.start()
-                await self._produce()
         except (_errors.KafkaError, OSError, TimeoutError) as error:
             await self.close()
             raise broken(error) from error
         except BaseException:
             await self.close()
             raise
+        self._sender = self.loop.create_task(self._send_on())
 
-    async def _produce(self) -> None:
-        producer = AIOKafkaProducer(**self.settings, **self._producing)
-        try:
-            await producer.start()
-        except BaseException:
-            await producer.stop()
-            raise
-        self._producer = producer
-        self._sender = self.loop.create_task(self._send_on(producer))
+    async def _greet(self) -> None:
+        """Reach one of the servers: the library keeps to itself why it could not."""
+        options = {k: v for k, v in self.settings.items() if k in _GREETING}
+        for number, server in enumerate(self.settings["bootstrap_servers"], 1):
+            host, _, port = server.rpartition(":")
+            try:
+                connection = await create_conn(host, int(port), **options)
+                connection.close()
+                return
+            except (_errors.KafkaError, OSError, TimeoutError):
+                if number == len(self.settings["bootstrap_servers"]):
+                    raise
 
     async def close(self) -> None:
         if self._ending:
@@ -175,7 +188,7 @@ class AioClient:
     async def renew(self) -> None:
         """A new producer in place of one that failed for good."""
         await self._end_producing()
-        await self._produce()
+        self._sender = self.loop.create_task(self._send_on())
 
     async def ping(self, timeout: float) -> None:
         """Raise :class:`Broken` unless a broker answers in time."""
@@ -227,27 +240,42 @@ class AioClient:
         self._news.set()
         return future
 
-    async def _send_on(self, producer: Any) -> None:
+    async def _send_on(self) -> None:
         """Give messages to the producer in the order in which they came."""
         while True:
             while self._waiting:
-                future, message = self._waiting.popleft()
-                if future.done():
-                    continue
-                try:
-                    sent = await producer.send(**message)
-                except (_errors.KafkaError, OSError, ValueError, AssertionError) as error:
-                    if not future.done():
-                        problem = broken(error)
-                        if "TOO_LARGE" in problem.code:
-                            most = self._producing.get("max_request_size")
-                            text = f"{problem} (max_request_size is {most} bytes)"
-                            problem = Broken(text, problem.code)
-                        future.set_exception(problem)
-                    continue
-                sent.add_done_callback(lambda done, f=future: _confirm(f, done))
+                future, message = self._waiting[0]
+                if not future.done():
+                    try:
+                        sent = await (await self._started()).send(**message)
+                        sent.add_done_callback(functools.partial(_confirm, future))
+                    except (_errors.KafkaError, OSError, ValueError, AssertionError) as error:
+                        if getattr(error, "retriable", False):  # until nobody waits any more
+                            await asyncio.sleep(TURN)
+                            continue
+                        if not future.done():
+                            future.set_exception(self._refused(broken(error)))
+                self._waiting.popleft()
             self._news.clear()
             await self._news.wait()
+
+    async def _started(self) -> Any:
+        """The producer: started for the first message, as it takes rights that readers need not."""
+        if self._producer is None:
+            producer = AIOKafkaProducer(**self.settings, **self._producing)
+            try:
+                await producer.start()
+            except BaseException:
+                await producer.stop()
+                raise
+            self._producer = producer
+        return self._producer
+
+    def _refused(self, problem: Broken) -> Broken:
+        if "TOO_LARGE" not in problem.code:
+            return problem
+        most = self._producing["max_request_size"]
+        return Broken(f"{problem} (max_request_size is {most} bytes)", problem.code)
 
     async def flush(self, timeout: float) -> None:
         if self._open:
