@@ -7,7 +7,6 @@ fence a member whose partitions moved; who wants those takes confluent-kafka.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import time
@@ -89,6 +88,14 @@ def records(messages: list[Any], parts: Mapping[Any, Partition]) -> list[Record]
     return found
 
 
+async def quietly(ending: Coroutine[Any, Any, None]) -> None:
+    """Let something of the library end; one that has hardly begun raises a CancelledError."""
+    task = asyncio.ensure_future(ending)
+    await asyncio.wait([task])
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.debug("at the end: %r", error)
+
+
 class AioClient:
     """A connection to a cluster; the same as :class:`millstream.kafka.client.Client`.
 
@@ -157,8 +164,7 @@ class AioClient:
             client = getattr(self, name)
             setattr(self, name, None)
             if client is not None:
-                with contextlib.suppress(Exception):
-                    await getattr(client, end)()
+                await quietly(getattr(client, end)())
 
     def ending(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Have a reader end; the client waits for it."""
@@ -266,7 +272,7 @@ class AioClient:
             try:
                 await producer.start()
             except BaseException:
-                await producer.stop()
+                await quietly(producer.stop())
                 raise
             self._producer = producer
         return self._producer
@@ -392,7 +398,7 @@ class AioClient:
                         yield record
                     part.open.clear()
         finally:
-            await consumer.stop()
+            await quietly(consumer.stop())
 
     # Subscriptions
 

@@ -19,7 +19,7 @@ from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitio
 
 from ..driver import SubscriptionSpec
 from ..errors import SetupError
-from .aio import AioClient, broken
+from .aio import AioClient, broken, quietly
 from .client import MOST, Broken
 from .offsets import Commit, Place, Start
 from .options import KafkaSubscription
@@ -126,7 +126,7 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
             if self.plan.group is not None:
                 await self._lose(consumer, consumer.assignment())
         finally:
-            await consumer.stop()
+            await quietly(consumer.stop())
 
     def hold(self, full: bool) -> None:
         """Read nothing for now, but stay in the group; or go on."""

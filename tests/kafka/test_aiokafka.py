@@ -11,6 +11,7 @@ import pytest
 from millstream import Batch
 from millstream.errors import ConnectError, PublishTimeout, SetupError
 from millstream.kafka import KafkaBroker, KafkaMessage, Topic
+from millstream.kafka.annotations import KafkaBatchMessage
 from tests.helpers import eventually, unique
 from tests.kafka.test_broker import committed
 
@@ -94,9 +95,11 @@ async def test_batches_tombstones_and_seeking(kafka: Any) -> None:
     topic, got = unique(), list[list[KafkaMessage]]()
     broker = make(kafka)
 
-    @broker.subscriber(Topic(topic, 1), group_id=topic, batch=Batch(50, 0.1))
-    async def handler(bodies: list[Any], message: Any) -> None:
-        got.append(list(message))
+    subscriber = broker.subscriber(Topic(topic, 1), group_id=topic, batch=Batch(50, 0.1))
+
+    @subscriber
+    async def handler(bodies: list[Any], batch: KafkaBatchMessage) -> None:
+        got.append(list(batch.messages))
 
     await broker.start()
     try:
@@ -107,7 +110,7 @@ async def test_batches_tombstones_and_seeking(kafka: Any) -> None:
         assert max(map(len, got)) == 50
         assert got[-1][-1].is_tombstone and got[-1][-1].key == b"k"
         got.clear()
-        await handler.seek(100)  # type: ignore[attr-defined]
+        await subscriber.seek(100)
         await eventually(lambda: sum(map(len, got)) == 21)
         assert got[0][0].offset == 100
     finally:
