@@ -1,4 +1,4 @@
-"""The other client library, aiokafka: no threads and no C, at about twice the cost of a message.
+"""The other client library, aiokafka: all of it runs on the event loop, without threads.
 
 It has neither cooperative rebalancing nor the groups of KIP-848, and its transactions do not
 fence a member whose partitions moved; who wants those takes confluent-kafka.

@@ -47,9 +47,8 @@ class KafkaConnect(BrokerOptions, total=False):
     """Options of a Kafka broker: those of every broker, and Kafka's own.
 
     Keys:
-        client: the library: ``confluent`` (confluent-kafka, the default), or ``aiokafka``, which
-            costs about twice as much a message and has neither cooperative rebalancing nor the
-            groups of KIP-848 nor transactions.
+        client: the library: ``confluent`` (confluent-kafka, the default), or ``aiokafka``, with
+            which there are neither cooperative rebalancing nor groups of KIP-848 nor transactions.
         security: how the cluster is reached, and who we are.
         sasl_oauth_token_provider: for SASLOAuthBearer: a function that returns a token, or a
             token and its expiry in seconds since the epoch.
