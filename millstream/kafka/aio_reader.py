@@ -253,7 +253,10 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
 
     # What the library calls while the group is shared out anew
 
-    async def on_partitions_assigned(self, assigned: Any) -> None:
+    # Coroutines are allowed, whatever its annotations say.
+    async def on_partitions_assigned(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, assigned: Any
+    ) -> None:
         consumer = self._consumer
         places = [Place(p.topic, p.partition) for p in assigned]
         while consumer is not None:
@@ -272,7 +275,9 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
                 consumer.seek(partition, start.offset)
         self.trust()
 
-    async def on_partitions_revoked(self, revoked: Any) -> None:
+    async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, revoked: Any
+    ) -> None:
         if self._consumer is not None:
             await self._lose(self._consumer, revoked)
 

@@ -219,7 +219,7 @@ def _provider(token: Callable[[], tuple[str, float]]) -> Any:
     from aiokafka.abc import AbstractTokenProvider
 
     class Provider(AbstractTokenProvider):  # type: ignore[misc]
-        async def token(self) -> str:
+        async def token(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
             return (await asyncio.to_thread(token))[0]
 
     return Provider()
