@@ -165,12 +165,13 @@ class Questions(Generic[K, T]):
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def ask(self, key: K, where: str, timeout: float) -> _Question[K, T]:
+    def ask(self, key: K, where: str, timeout: float, end: float | None = None) -> _Question[K, T]:
         """``with ask(...) as answer``: send the question, and await the answer.
 
-        The future raises :class:`RequestTimeout` after ``timeout`` seconds.
+        The future raises :class:`RequestTimeout` after ``timeout`` seconds, which end at the
+        loop's time ``end`` where some of them have passed already.
         """
-        return _Question(self._waiting, key, where, timeout)
+        return _Question(self._waiting, key, where, timeout, end)
 
     def answer(self, key: K, raw: T) -> None:
         """An answer came; a late one is dropped."""
@@ -180,24 +181,31 @@ class Questions(Generic[K, T]):
 
 
 class _Question(Generic[K, T]):
-    __slots__ = ("_key", "_timeout", "_timer", "_waiting", "_where")
+    __slots__ = ("_end", "_key", "_timeout", "_timer", "_waiting", "_where")
     _timer: asyncio.TimerHandle
 
     def __init__(
-        self, waiting: dict[K, asyncio.Future[T]], key: K, where: str, timeout: float
+        self,
+        waiting: dict[K, asyncio.Future[T]],
+        key: K,
+        where: str,
+        timeout: float,
+        end: float | None,
     ) -> None:
-        self._waiting, self._key, self._where, self._timeout = waiting, key, where, timeout
+        self._waiting, self._key, self._where = waiting, key, where
+        self._timeout, self._end = timeout, end
 
     def __enter__(self) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._waiting[self._key] = future
-        self._timer = loop.call_later(max(self._timeout, 0.0), self._expire, future)
+        end = self._end if self._end is not None else loop.time() + self._timeout
+        self._timer = loop.call_at(end, self._expire, future)
         return future
 
     def _expire(self, future: asyncio.Future[T]) -> None:
         if not future.done():
-            text = f"no reply from {self._where!r} within {round(self._timeout, 3):g} s"
+            text = f"no reply from {self._where!r} within {self._timeout:g} s"
             future.set_exception(RequestTimeout(text))
 
     def __exit__(self, *error: object) -> None:

@@ -10,21 +10,19 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..address import AddressSyntax
-from ..clock import Clock, LoopClock
+from ..base import BaseDriver, Questions, disconnected, not_yet_connected
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import (
     ConnectError,
     Fenced,
     MessageTooLarge,
-    NotConnected,
     PublishError,
     PublishTimeout,
-    RequestTimeout,
     SetupError,
 )
 from ..message import Message, new_id
 from .client import Broken, Client
-from .flow import Flow
+from .flow import Flow, log
 from .letters import KafkaLetters
 from .message import KafkaMessage, Record, RecordMetadata
 from .offsets import Place
@@ -47,7 +45,7 @@ REFRESH = 5.0
 _REPLIES = {"retention.ms": "600000", "cleanup.policy": "delete"}
 
 
-class KafkaDriver:
+class KafkaDriver(BaseDriver):
     """One connection to a Kafka cluster.
 
     Args:
@@ -79,18 +77,14 @@ class KafkaDriver:
         largest: int = 1_048_576,
         patience: float = 10.0,
     ) -> None:
+        super().__init__(log, publish_timeout=publish_timeout)
         self.client: Client | AioClient = make(self._down)
-        self._where = where
-        self.publish_timeout, self.refresh, self.create = publish_timeout, refresh, create
+        self._where, self.refresh, self.create = where, refresh, create
         self.reply_topic = reply_topic
         self.transactional, self._largest = transactional, largest
         self._transactor: Transactor | None = None
         self._transacting = asyncio.Lock()
-        self.clock: Clock = LoopClock()
-        self.notify: Callable[[str, str], None] = lambda event, reason: None
-        self.flows: set[Flow] = set()
         self.retries = Retries(self)
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._connected = False
         self._looking = False
         #: Seconds after which a broker that does not answer is not reached.
@@ -99,7 +93,8 @@ class KafkaDriver:
         self._reason = ""
         self._replies: Flow | None = None
         self._replies_lock = asyncio.Lock()
-        self._asked: dict[str, asyncio.Future[Record]] = {}
+        #: Requests that wait for their answers, by correlation id.
+        self.asked: Questions[str, Record] = Questions()
         self._subscriptions = 0
 
     def describe(self) -> str:
@@ -116,19 +111,16 @@ class KafkaDriver:
             permanent = "AUTH" in error.code or "SSL" in error.code
             raise ConnectError(f"{self._where}: {error}", permanent=permanent) from error
         self._connected, self._reason = True, ""
-        self._spawn(self._listen())
+        self.spawn(self._listen())
 
     async def close(self) -> None:
-        for flow in list(self.flows):
-            await flow.close()
+        await self.end()
         replies, self._replies = self._replies, None
         if replies is not None:
             await replies.close()
         if self._transactor is not None:
             await self._transactor.close()
             self._transactor = None
-        for task in list(self._tasks):
-            task.cancel()
         if self._connected:
             self._connected = False
             if not self._reason:
@@ -148,7 +140,7 @@ class KafkaDriver:
         """The library reaches no broker, or believes so: it is asked for a sign of life."""
         if self._connected and not self._looking:
             self._looking = True
-            self._spawn(self._look(reason))
+            self.spawn(self._look(reason))
 
     async def _listen(self) -> None:
         """Ask for a sign of life now and then: who falls silent is not down for the library."""
@@ -171,11 +163,6 @@ class KafkaDriver:
             self.notify("reconnected", self._where)
         finally:
             self._looking = False
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     # Declarations and subscriptions
 
@@ -227,15 +214,10 @@ class KafkaDriver:
         exactly_once = self.transactional is not None and spec.group_id is not None
         kind = TransactionalFlow if exactly_once else Flow
         flow = kind(self, spec, sink, lost, self.plan(spec))
-        self.flows.add(flow)
         try:
-            await flow.start()
+            await self.begin(flow)
         except Broken as error:
-            await flow.close()
             raise self._refusal(f"{spec.destination} cannot be read", error) from error
-        except BaseException:
-            await flow.close()
-            raise
         return flow
 
     # Publishing
@@ -280,11 +262,7 @@ class KafkaDriver:
     ) -> asyncio.Future[RecordMetadata] | None:
         """Give a message to the library; None while it has no room."""
         if not self._connected:
-            raise NotConnected(
-                f"not connected to {self._where}: `await broker.connect()` comes first",
-                state="not connected",
-                wanted="connected",
-            )
+            raise not_yet_connected(self._where)
         try:
             return self.client.send(*self._as_send(command, data, headers))
         except BufferError:
@@ -324,14 +302,10 @@ class KafkaDriver:
         if "TOO_LARGE" in error.code:
             return MessageTooLarge(f"{topic!r}: {error}")
         if error.fatal:
-            self._spawn(self._renew(str(error)))
+            self.spawn(self._renew(str(error)))
         if error.code in ("_MSG_TIMED_OUT", "_TIMED_OUT", "_TIMED_OUT_QUEUE", "REQUEST_TIMED_OUT"):
             if self._reason:
-                return NotConnected(
-                    f"{self._where} is not connected: {self._reason}",
-                    state="disconnected",
-                    wanted="connected",
-                )
+                return disconnected(self._where, self._reason)
             seconds = command.timeout or self.publish_timeout
             return PublishTimeout(f"{topic!r}: no confirmation within {seconds:g} s")
         return PublishError(f"{topic!r} was not published: {error}")
@@ -378,26 +352,18 @@ class KafkaDriver:
     async def request(
         self, command: KafkaPublish, data: bytes, headers: dict[str, str] | None, timeout: float
     ) -> Record:
-        end = time.monotonic() + timeout
+        end = asyncio.get_running_loop().time() + timeout
         await self._open_replies(command, timeout)
         headers = dict(headers or {})
         known = headers.get("correlation_id")
-        id = known if known and known not in self._asked else new_id()
-        headers["correlation_id"] = id
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Record] = loop.create_future()
-        self._asked[id] = future
-        late = RequestTimeout(f"no reply from {command.destination!r} within {timeout:g} s")
-        timer = loop.call_later(max(end - time.monotonic(), 0), _expire, future, late)
+        id = known if known and known not in self.asked else new_id()
+        headers |= {"correlation_id": id, "reply_to": self.reply_topic}
         command.reply_to, command.timeout = self.reply_topic, timeout
         command.no_confirm = False
-        try:
+        with self.asked.ask(id, command.destination, timeout, end) as answer:
             # A request in a transaction would be seen only after its answer is there.
-            await self._publish(command, data, {**headers, "reply_to": self.reply_topic})
-            return await future
-        finally:
-            timer.cancel()
-            self._asked.pop(id, None)
+            await self._publish(command, data, headers)
+            return await answer
 
     async def _open_replies(self, command: KafkaPublish, timeout: float) -> None:
         """Read the shared topic of answers, from now on."""
@@ -421,9 +387,7 @@ class KafkaDriver:
 
     async def _answered(self, record: Record) -> None:
         id = next((v for k, v in record.pairs or () if k == "correlation_id"), None)
-        future = self._asked.get((id or b"").decode("utf-8", "replace"))
-        if future is not None and not future.done():
-            future.set_result(record)
+        self.asked.answer((id or b"").decode("utf-8", "replace"), record)
 
     def reply_envelope(self) -> type[Message[Any]]:
         return KafkaMessage
@@ -456,8 +420,3 @@ def _confirmed(receipt: RecordMetadata) -> asyncio.Future[RecordMetadata]:
     future: asyncio.Future[RecordMetadata] = asyncio.get_running_loop().create_future()
     future.set_result(receipt)
     return future
-
-
-def _expire(future: asyncio.Future[Any], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)

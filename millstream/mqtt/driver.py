@@ -214,7 +214,7 @@ class MqttDriver(BaseDriver):
                 fix="leave out reply_to, or ask one after the other",
             )
         try:
-            with self.asked.ask(topic, command.topic, end - loop.time()) as answer:
+            with self.asked.ask(topic, command.topic, timeout, end) as answer:
                 if own:
                     await self._listen(topic, end)
                 asked = MqttPublish(

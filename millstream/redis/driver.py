@@ -397,9 +397,10 @@ class RedisDriver(BaseDriver):
     async def request(
         self, command: RedisPublish, data: bytes, headers: dict[str, str] | None, timeout: float
     ) -> Entry:
+        end = asyncio.get_running_loop().time() + timeout
         inbox = await self._open_inbox(timeout)
         reply_to = f"{inbox}{next(self._questions):x}"
-        with self.asked.ask(reply_to, command.destination, timeout) as answer:
+        with self.asked.ask(reply_to, command.destination, timeout, end) as answer:
             key, args = self.frame(command, data, headers, reply_to)
             heard = await self._publish(key, args, timeout)
             if not heard and args[0] == "PUBLISH" and self.counts_listeners:

@@ -95,7 +95,7 @@ class KafkaGroup(Source):
         return {}
 
     def asking(self, broker: Any) -> int:
-        return len(broker.driver._asked)
+        return len(broker.driver.asked)
 
     async def held(self, broker: Any, setup: Setup) -> int:
         topic, group = self.address(setup), f"{setup.name}-workers"
