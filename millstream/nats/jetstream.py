@@ -170,7 +170,7 @@ class StreamFlow(Flow):
     async def _heal(self, reason: str) -> None:
         while self._sick and not self.paused:
             if self._failures:
-                await self.driver.clock.sleep(reconnect_delay(self._failures, PATIENCE))
+                await self.driver.clock.sleep(reconnect_delay(self._failures + 1, PATIENCE))
             self._failures += 1
             self._sick = False
             try:

@@ -39,8 +39,9 @@ class PullFlow(StreamFlow):
         most = least if fixed or spec.batch else max(least, MOST)
         if spec.pending_msgs_limit:
             most = min(most, spec.pending_msgs_limit)
-        # The first request is for what is begun at once: see CAREFUL.
-        self.window = Window(spec.lanes * (spec.batch.size if spec.batch else 1), least, most)
+        # More than one from the start: the server drops without a word a request that comes as the
+        # consumer is deleted, and answers one that waits.
+        self.window = Window(least, least, most)
         #: Messages asked for that have not come yet, and when to ask for more: from so few on.
         self.pending, self.low = 0, -1
         #: Messages to be taken one by one before anything is fetched ahead again.
