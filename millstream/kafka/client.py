@@ -48,6 +48,11 @@ ASK = 5.0
 GREET = 0.5
 #: Seconds between two looks for delivery reports; an end waits for it.
 REPORTS = 0.05
+#: What is said instead of "No provider for SASL mechanism GSSAPI".
+_NO_KERBEROS = (
+    "this confluent-kafka was built without Kerberos, as its wheels are: build it against a "
+    "librdkafka with libsasl2, or use client='aiokafka' with the package gssapi"
+)
 #: What a broker says of a partition while its leader is chosen.
 _MOVING = {
     KafkaError.NOT_LEADER_FOR_PARTITION,
@@ -133,6 +138,8 @@ class Client:
         except (KafkaException, Broken) as error:
             await self.close()
             reason = broken(error) if isinstance(error, KafkaException) else error
+            if "No provider for SASL mechanism" in str(reason):
+                raise Broken(_NO_KERBEROS, "_AUTHENTICATION") from error
             if self.refusals:
                 raise Broken(self.refusals[0], "_AUTHENTICATION") from error
             raise reason from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import ssl
 import time
@@ -209,6 +210,10 @@ def aiokafka(options: Mapping[str, Any]) -> dict[str, Any]:
     if sasl == "OAUTHBEARER":
         found["sasl_oauth_token_provider"] = _provider(token_of(options))
     if sasl == "GSSAPI":
+        if importlib.util.find_spec("gssapi") is None:
+            raise SetupError(
+                "SASLGSSAPI with client='aiokafka' needs gssapi", fix="pip install gssapi"
+            )
         found["sasl_kerberos_service_name"] = options.get("sasl_kerberos_service_name") or "kafka"
     return {**found, **(options.get("config") or {})}
 

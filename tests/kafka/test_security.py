@@ -18,6 +18,7 @@ from confluent_kafka import admin as _admin
 from millstream.errors import ConnectError, PublishError, SetupError
 from millstream.kafka import KafkaBroker
 from millstream.security import (
+    SASLGSSAPI,
     BaseSecurity,
     SASLOAuthBearer,
     SASLPlaintext,
@@ -240,3 +241,12 @@ async def test_a_reader_needs_no_more_than_to_read(secured: Secured) -> None:
             await eventually(lambda: got == [1, 3], 10)
         finally:
             await broker.stop()
+
+
+async def test_kerberos_says_what_is_missing(kafka: Any) -> None:
+    broker = KafkaBroker(kafka.url, security=SASLGSSAPI())
+    with pytest.raises(ConnectError, match="built without Kerberos") as caught:
+        await broker.connect()
+    assert caught.value.permanent
+    with pytest.raises(SetupError, match="needs gssapi"):
+        KafkaBroker(kafka.url, security=SASLGSSAPI(), client="aiokafka")
