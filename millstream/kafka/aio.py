@@ -89,9 +89,15 @@ def records(messages: list[Any], parts: Mapping[Any, Partition]) -> list[Record]
 
 
 async def quietly(ending: Coroutine[Any, Any, None]) -> None:
-    """Let something of the library end; one that has hardly begun raises a CancelledError."""
+    """Let something of the library end: at most :data:`ASK` seconds, and whatever it raises.
+
+    One that has hardly begun raises a CancelledError.
+    """
     task = asyncio.ensure_future(ending)
-    await asyncio.wait([task])
+    await asyncio.wait([task], timeout=ASK)
+    if not task.done():  # it waits for a cluster that is away
+        task.cancel()
+        await asyncio.wait([task])
     if not task.cancelled() and (error := task.exception()) is not None:
         log.debug("at the end: %r", error)
 

@@ -23,7 +23,7 @@ from .aio import AioClient, broken, quietly
 from .client import MOST, Broken
 from .offsets import Commit, Place, Start
 from .options import KafkaSubscription
-from .reader import STILL, TURN, Owner, Plan
+from .reader import LEAVE, STILL, TURN, Owner, Plan
 
 log = logging.getLogger("millstream.kafka")
 #: Milliseconds that a member may read nothing: for ever, as its handlers may take any time.
@@ -287,6 +287,8 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
         commits = await self.owner.losing(places, gone=False)
         if commits:
             try:
-                await self._commit(consumer, commits)
-            except Broken as error:
-                log.warning("the last commit before a partition went was refused: %s", error)
+                async with asyncio.timeout(LEAVE):  # the library would try for ever
+                    await self._commit(consumer, commits)
+            except (Broken, TimeoutError) as error:
+                reason = str(error) or "no answer in time"
+                log.warning("the last commit before a partition went was refused: %s", reason)

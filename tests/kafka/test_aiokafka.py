@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from millstream import Batch
-from millstream.errors import ConnectError, PublishTimeout, SetupError
+from millstream.errors import ConnectError, NotConnected, PublishTimeout, SetupError
 from millstream.kafka import KafkaBroker, KafkaMessage, Topic
 from millstream.kafka.annotations import KafkaBatchMessage
 from tests.helpers import eventually, unique
@@ -92,7 +92,7 @@ async def test_what_is_done_is_known_to_the_other_library(kafka: Any) -> None:
 
 
 async def test_batches_tombstones_and_seeking(kafka: Any) -> None:
-    topic, got = unique(), list[list[KafkaMessage]]()
+    topic, got = unique(), list[list[Any]]()
     broker = make(kafka)
 
     subscriber = broker.subscriber(Topic(topic, 1), group_id=topic, batch=Batch(50, 0.1))
@@ -130,12 +130,30 @@ async def test_the_server_comes_back(kafka_server: Any) -> None:
         await broker.publish(1, topic)
         await eventually(lambda: got == {1})
         await asyncio.to_thread(kafka_server.kill)
-        with pytest.raises(PublishTimeout):
+        with pytest.raises((PublishTimeout, NotConnected)):
             await broker.publish(2, topic)
         await asyncio.to_thread(kafka_server.start)
         await broker.publish(3, topic, timeout=20.0)
         await eventually(lambda: 3 in got, 30)
     finally:
+        await broker.stop()
+
+
+async def test_a_stop_does_not_wait_for_a_cluster_that_is_away(kafka_server: Any) -> None:
+    topic, got = unique(), list[int]()
+    broker = make(kafka_server, publish_timeout=1.0)
+
+    @broker.subscriber(topic, group_id=topic, session_timeout_ms=3000)
+    async def handler(body: int) -> None:
+        got.append(body)
+
+    await broker.start()
+    await broker.publish(1, topic)
+    await eventually(lambda: got == [1])
+    await asyncio.to_thread(kafka_server.kill)
+    with pytest.raises((PublishTimeout, NotConnected)):
+        await broker.publish(2, topic)
+    async with asyncio.timeout(20):
         await broker.stop()
 
 
@@ -159,6 +177,6 @@ def test_what_it_does_not_know_is_said_at_once(kafka: Any) -> None:
 
 
 async def test_nobody_is_there() -> None:
-    broker = KafkaBroker("127.0.0.1:1", client="aiokafka")
+    broker = KafkaBroker("127.0.0.1:1", client="aiokafka", startup_timeout=1.0)
     with pytest.raises(ConnectError, match=r"127\.0\.0\.1:1"):
         await broker.connect()
