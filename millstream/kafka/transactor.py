@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,10 @@ _REFUSALS = {
 }
 
 
+#: Seconds after its time for a call of the library that does not keep to it.
+LATE = 1.0
+
+
 class Refused(Broken):
     """A transaction was aborted because the cluster does not take some of its messages.
 
@@ -41,6 +47,10 @@ class Refused(Broken):
     def __init__(self, text: str, code: str, which: Sequence[int]) -> None:
         super().__init__(text, code)
         self.which = which
+
+
+class Stuck(Broken):
+    """The library does not come back, and its producer is left behind."""
 
 
 class Transactor:
@@ -109,11 +119,12 @@ class Transactor:
         refused: dict[int, str] = {}
         try:
             self._transact(sends, commits, member, refused)
-        except (KafkaException, BufferError, ValueError, TypeError) as error:
-            problem = broken(error)
+        except (KafkaException, BufferError, ValueError, TypeError, Stuck) as error:
+            problem = error if isinstance(error, Stuck) else broken(error)
             if not problem.fatal:
                 try:
-                    self._patiently(self._producer.abort_transaction, self._limit)
+                    if problem is not error:
+                        self._patiently(self._producer.abort_transaction, self._limit)
                     # The library's own numbering has gaps now, at which it stumbles later.
                     self._open()
                 except (KafkaException, Broken) as second:
@@ -168,7 +179,7 @@ class Transactor:
             send = functools.partial(
                 producer.send_offsets_to_transaction, partitions(commits), member
             )
-            self._patiently(send, self._limit)
+            self._patiently(functools.partial(_in_time, send), self._limit)
         if self._told is not None:
             self._told()
         self._patiently(producer.commit_transaction, self._limit)
@@ -189,6 +200,32 @@ class Transactor:
     async def close(self) -> None:
         self._producer = None
         self._pool.shutdown(wait=False)
+
+
+def _in_time(call: Callable[[float], Any], seconds: float) -> None:
+    """Call what may never return, whatever time it was given.
+
+    librdkafka waits without end for a group's coordinator that is gone (its issues 5456 and 5511).
+
+    Raises:
+        Stuck: it still runs, in a thread that nobody waits for.
+    """
+    answer: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            call(seconds)
+            answer.put(None)
+        except BaseException as error:
+            answer.put(error)
+
+    threading.Thread(target=ask, name="kafka-offsets", daemon=True).start()
+    try:
+        error = answer.get(timeout=seconds + LATE)
+    except queue.Empty:
+        raise Stuck("no answer of the group's coordinator", "_TIMED_OUT") from None
+    if error is not None:
+        raise error
 
 
 def _report_refusal(refused: dict[int, str], number: int, error: Any, message: Any) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
 from millstream.errors import NotConnected, PublishError, PublishTimeout
-from millstream.kafka import KafkaBroker, Topic
+from millstream.kafka import KafkaBroker, Topic, transactor
 from tests.helpers import eventually, unique
 from tests.kafka.test_transactions import QUICK, offset, read
-from tests.servers.kafka import KafkaCluster
+from tests.servers.kafka import KafkaCluster, KafkaServer
 
 
 def doubling(url: str, topic: str, out: str, **options: Any) -> KafkaBroker:
@@ -47,11 +49,20 @@ async def send(url: str, topic: str, over: asyncio.Event) -> set[int]:
     return confirmed
 
 
-async def all_there(where: Any, out: str, wanted: Callable[[], set[int]]) -> None:
+async def all_there(
+    where: Any, out: str, wanted: Callable[[], set[int]], timeout: float = 60
+) -> None:
     def missing() -> set[int]:
         return wanted() - set(map(int, read(where, out)))
 
-    await eventually(lambda: asyncio.to_thread(lambda: not missing()), 60)
+    await eventually(lambda: asyncio.to_thread(lambda: not missing()), timeout)
+
+
+def coordinator(cluster: KafkaCluster, group: str) -> KafkaServer:
+    """The node that keeps the offsets of a group."""
+    admin = AdminClient({"bootstrap.servers": cluster.url})
+    port = admin.describe_consumer_groups([group])[group].result().coordinator.port
+    return next(node for node in cluster.nodes if node.url.endswith(f":{port}"))
 
 
 def in_sync(cluster: KafkaCluster) -> bool:
@@ -108,3 +119,59 @@ async def test_an_outage_longer_than_a_transaction_may_last(kafka_server: Any) -
         await broker.stop()
     assert sorted(map(int, read(kafka_server, out))) == list(range(500))
     assert offset(kafka_server, topic, topic) == 500
+
+
+@pytest.mark.timeout(150)
+async def test_the_coordinator_of_the_group_dies_for_good() -> None:
+    topic, out, over = unique(), unique(), asyncio.Event()
+    with KafkaCluster(3) as cluster:
+        broker = doubling(cluster.url, topic, out, publish_timeout=20.0)
+        await broker.start()
+        [subscription] = broker.subscriptions
+        sending = asyncio.create_task(send(cluster.url, topic, over))
+        try:
+            await eventually(lambda: subscription.handled > 50, 40)
+            await eventually(lambda: asyncio.to_thread(in_sync, cluster), 40)
+            await asyncio.to_thread(coordinator(cluster, topic).kill)
+            before = subscription.handled
+            await eventually(lambda: subscription.handled > before + 50, 40)
+            over.set()
+            confirmed = await sending
+            # The library itself would wait for the dead one until the cluster gives us up.
+            await all_there(cluster, out, lambda: confirmed, 30)
+        finally:
+            over.set()
+            await broker.stop()
+        found = list(map(int, read(cluster, out)))
+        assert sorted(found) == sorted(map(int, read(cluster, topic)))
+        assert offset(cluster, topic, topic) == len(found)
+
+
+async def test_a_library_that_does_not_come_back_is_left_behind(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """librdkafka's issue 5511: it waits for a coordinator that is gone, whatever time it has."""
+    topic, out, calls, gate = unique(), unique(), list[float](), threading.Event()
+
+    class Waiting(Producer):
+        def send_offsets_to_transaction(self, offsets: Any, member: Any, timeout: float) -> None:
+            calls.append(timeout)
+            if len(calls) == 1:
+                gate.wait()
+            super().send_offsets_to_transaction(offsets, member, timeout)
+
+    monkeypatch.setattr(transactor, "Producer", Waiting)
+    broker = doubling(kafka.url, topic, out)
+    await broker.start()
+    try:
+        await broker.publish_batch(*range(100), topic=topic)
+        await all_there(kafka, out, lambda: set(range(100)), 20)
+        gate.set()  # what was left behind comes too late to do anything
+        await broker.publish_batch(*range(100, 200), topic=topic)
+        await all_there(kafka, out, lambda: set(range(200)), 20)
+    finally:
+        gate.set()
+        await broker.stop()
+    assert sorted(map(int, read(kafka, out))) == list(range(200))
+    assert offset(kafka, topic, topic) == 200
+    assert calls[0] == 5.0
