@@ -24,7 +24,7 @@ from .client import ASK, Broken, Pairs
 from .message import Record, RecordMetadata
 from .offsets import Partition, Place, mark
 from .options import Topic
-from .reader import TURN
+from .reader import LEAVE, TURN
 
 if TYPE_CHECKING:
     from .aio_reader import AioReader
@@ -89,16 +89,18 @@ def records(messages: list[Any], parts: Mapping[Any, Partition]) -> list[Record]
 
 
 async def quietly(ending: Coroutine[Any, Any, None]) -> None:
-    """Let something of the library end: at most :data:`ASK` seconds, and whatever it raises.
+    """Let something of the library end: at most :data:`LEAVE` seconds, and whatever it raises.
 
     One that has hardly begun raises a CancelledError.
     """
     task = asyncio.ensure_future(ending)
-    await asyncio.wait([task], timeout=ASK)
+    await asyncio.wait([task], timeout=LEAVE)
     if not task.done():  # it waits for a cluster that is away
         task.cancel()
-        await asyncio.wait([task])
-    if not task.cancelled() and (error := task.exception()) is not None:
+        await asyncio.wait([task], timeout=LEAVE)
+    if not task.done():
+        log.debug("at the end: it does not end")
+    elif not task.cancelled() and (error := task.exception()) is not None:
         log.debug("at the end: %r", error)
 
 
@@ -163,14 +165,19 @@ class AioClient:
                     raise
 
     async def close(self) -> None:
+        # All at once: each of them may wait for a cluster that is away.
+        looker, self._looker = self._looker, None
+        admin, self._admin = self._admin, None
+        stops = [*([looker.stop()] if looker else ()), *([admin.close()] if admin else ())]
+        await asyncio.gather(self._end_reading(), self._end_producing(), *map(quietly, stops))
+
+    async def _end_reading(self) -> None:
         if self._ending:
-            await asyncio.wait(self._ending, timeout=ASK)
-        await self._end_producing()
-        for name, end in (("_looker", "stop"), ("_admin", "close")):
-            client = getattr(self, name)
-            setattr(self, name, None)
-            if client is not None:
-                await quietly(getattr(client, end)())
+            _, late = await asyncio.wait(self._ending, timeout=ASK)
+            for task in late:
+                task.cancel()  # what it has opened it closes
+            if late:
+                await asyncio.wait(late, timeout=LEAVE)
 
     def ending(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Have a reader end; the client waits for it."""
@@ -187,7 +194,7 @@ class AioClient:
         if producer is not None:
             # It would wait without end for what no broker confirms.
             ending = asyncio.ensure_future(producer.stop())
-            await asyncio.wait([ending], timeout=2.0 if self._open else ASK)
+            await asyncio.wait([ending], timeout=LEAVE if self._open else ASK)
             ending.cancel()
         self._fail(Broken("closed", "_STATE"))
 
@@ -390,8 +397,8 @@ class AioClient:
         """What a topic has now, partition by partition; nothing is consumed."""
         settings = {**self.settings, "enable_auto_commit": False}
         consumer = AIOKafkaConsumer(**settings, isolation_level="read_committed")
-        await self.asked(consumer.start())
         try:
+            await self.asked(consumer.start())
             places = [Place(topic, n) for n in (await self.layout([topic])).get(topic, [])]
             first, last = await self.begins(places), await self.ends(places)
             for place in places:

@@ -116,12 +116,16 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _end(self) -> None:
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
-        consumer, self._consumer = self._consumer, None
-        if consumer is None:
-            return
+        try:
+            while task is not None and not task.done():
+                task.cancel()  # the library may swallow it
+                await asyncio.wait([task], timeout=TURN)
+        finally:
+            consumer, self._consumer = self._consumer, None
+            if consumer is not None:
+                await self._leave(consumer)
+
+    async def _leave(self, consumer: Any) -> None:
         try:
             if self.plan.group is not None:
                 await self._lose(consumer, consumer.assignment())

@@ -114,19 +114,21 @@ class KafkaDriver(BaseDriver):
         self.spawn(self._listen())
 
     async def close(self) -> None:
-        await self.end()
-        replies, self._replies = self._replies, None
-        if replies is not None:
-            await replies.close()
-        if self._transactor is not None:
-            await self._transactor.close()
-            self._transactor = None
-        if self._connected:
-            self._connected = False
-            if not self._reason:
+        try:
+            await self.end()
+            replies, self._replies = self._replies, None
+            if replies is not None:
+                await replies.close()
+            if self._transactor is not None:
+                await self._transactor.close()
+                self._transactor = None
+            if self._connected and not self._reason:
                 with contextlib.suppress(Broken):
                     await self.client.flush(2.0)
-            await self.client.close()
+        finally:  # also if there was no time for the rest
+            if self._connected:
+                self._connected = False
+                await self.client.close()
 
     async def ping(self, timeout: float) -> bool:
         try:

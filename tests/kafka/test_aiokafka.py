@@ -7,10 +7,12 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import ConsumerStoppedError
 
 from millstream import Batch
 from millstream.errors import ConnectError, NotConnected, PublishTimeout, SetupError
-from millstream.kafka import KafkaBroker, KafkaMessage, Topic
+from millstream.kafka import KafkaBroker, KafkaMessage, Topic, aio_reader
 from millstream.kafka.annotations import KafkaBatchMessage
 from tests.helpers import eventually, unique
 from tests.kafka.test_broker import committed
@@ -155,6 +157,43 @@ async def test_a_stop_does_not_wait_for_a_cluster_that_is_away(kafka_server: Any
         await broker.publish(2, topic)
     async with asyncio.timeout(20):
         await broker.stop()
+
+
+async def test_a_cancellation_that_the_library_swallows_keeps_nothing_open(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, swallowed = list[Any](), list[bool]()
+
+    class Swallowing(AIOKafkaConsumer):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self)
+
+        async def getmany(self, *args: Any, **options: Any) -> Any:
+            try:
+                return await super().getmany(*args, **options)
+            except asyncio.CancelledError:
+                if swallowed:
+                    raise
+                swallowed.append(True)
+                return {}
+
+    monkeypatch.setattr(aio_reader, "AIOKafkaConsumer", Swallowing)
+    topic, got = unique(), list[int]()
+    broker = make(kafka)
+
+    @broker.subscriber(topic, group_id=topic)
+    async def handler(body: int) -> None:
+        got.append(body)
+
+    await broker.start()
+    await broker.publish(1, topic)
+    await eventually(lambda: got == [1])
+    async with asyncio.timeout(4):
+        await broker.stop()
+    assert swallowed
+    with pytest.raises(ConsumerStoppedError):
+        await made[0].getone()
 
 
 def test_what_it_does_not_know_is_said_at_once(kafka: Any) -> None:
