@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -72,24 +72,32 @@ def in_sync(cluster: KafkaCluster) -> bool:
     return all(len(p.isrs) == len(p.replicas) == len(cluster.nodes) for p in partitions)
 
 
-@pytest.mark.timeout(180)
-async def test_each_result_is_there_once_though_every_node_dies_in_turn() -> None:
+Works = Callable[[], Awaitable[None]]
+
+
+async def once_each(
+    trouble: Callable[[KafkaCluster, str, Works], Awaitable[None]], patience: float
+) -> None:
+    """Have a cluster in trouble while messages pass: each result is there once at the end.
+
+    ``trouble`` gets a function that returns once some more messages were handled.
+    """
     topic, out, over = unique(), unique(), asyncio.Event()
     with KafkaCluster(3) as cluster:
         broker = doubling(cluster.url, topic, out, publish_timeout=20.0)
         await broker.start()
         [subscription] = broker.subscriptions
         sending = asyncio.create_task(send(cluster.url, topic, over))
+
+        async def works() -> None:
+            before = subscription.handled
+            await eventually(lambda: subscription.handled > before + 50, 40)
+
         try:
-            for node in cluster.nodes:  # the coordinators of group and transactions among them
-                for step in (node.kill, node.start):
-                    before = subscription.handled
-                    await eventually(lambda b=before: subscription.handled > b + 50, 40)
-                    await asyncio.to_thread(step)
-                await eventually(lambda: asyncio.to_thread(in_sync, cluster), 40)
+            await trouble(cluster, topic, works)
             over.set()
             confirmed = await sending
-            await all_there(cluster, out, lambda: confirmed)
+            await all_there(cluster, out, lambda: confirmed, patience)
         finally:
             over.set()
             await broker.stop()
@@ -98,6 +106,18 @@ async def test_each_result_is_there_once_though_every_node_dies_in_turn() -> Non
         handed_in = list(map(int, read(cluster, topic)))
         assert sorted(found) == sorted(handed_in)  # also what was stored and not confirmed
         assert offset(cluster, topic, topic) == len(handed_in)
+
+
+@pytest.mark.timeout(180)
+async def test_each_result_is_there_once_though_every_node_dies_in_turn() -> None:
+    async def trouble(cluster: KafkaCluster, topic: str, works: Works) -> None:
+        for node in cluster.nodes:  # the coordinators of group and transactions among them
+            for step in (node.kill, node.start):
+                await works()
+                await asyncio.to_thread(step)
+            await eventually(lambda: asyncio.to_thread(in_sync, cluster), 40)
+
+    await once_each(trouble, 60)
 
 
 @pytest.mark.timeout(120)
@@ -123,28 +143,14 @@ async def test_an_outage_longer_than_a_transaction_may_last(kafka_server: Any) -
 
 @pytest.mark.timeout(150)
 async def test_the_coordinator_of_the_group_dies_for_good() -> None:
-    topic, out, over = unique(), unique(), asyncio.Event()
-    with KafkaCluster(3) as cluster:
-        broker = doubling(cluster.url, topic, out, publish_timeout=20.0)
-        await broker.start()
-        [subscription] = broker.subscriptions
-        sending = asyncio.create_task(send(cluster.url, topic, over))
-        try:
-            await eventually(lambda: subscription.handled > 50, 40)
-            await eventually(lambda: asyncio.to_thread(in_sync, cluster), 40)
-            await asyncio.to_thread(coordinator(cluster, topic).kill)
-            before = subscription.handled
-            await eventually(lambda: subscription.handled > before + 50, 40)
-            over.set()
-            confirmed = await sending
-            # The library itself would wait for the dead one until the cluster gives us up.
-            await all_there(cluster, out, lambda: confirmed, 30)
-        finally:
-            over.set()
-            await broker.stop()
-        found = list(map(int, read(cluster, out)))
-        assert sorted(found) == sorted(map(int, read(cluster, topic)))
-        assert offset(cluster, topic, topic) == len(found)
+    async def trouble(cluster: KafkaCluster, topic: str, works: Works) -> None:
+        await works()
+        await eventually(lambda: asyncio.to_thread(in_sync, cluster), 40)
+        await asyncio.to_thread(coordinator(cluster, topic).kill)
+        await works()
+
+    # The library itself would wait for the dead one until the cluster gives us up.
+    await once_each(trouble, 30)
 
 
 async def test_a_library_that_does_not_come_back_is_left_behind(
