@@ -181,6 +181,9 @@ async def stream(
     kind: Kind, url: str, running: Service, total: int
 ) -> tuple[dict[str, Any], float]:
     """Send everything and wait until it is handled; the statistics and the seconds it took."""
+    # Printed only now that the loop runs: whoever reads it may end the demo at once, and an
+    # interrupt while the loop is being made would leave half a loop and its complaint.
+    console.print(f"{kind.title} at {url.rpartition('@')[2]}; open {running.url} to watch\n")
     columns = (TextColumn("{task.description:<10}"), BarColumn(40), MofNCompleteColumn(), Speed())
     with Progress(*columns, console=console) as progress:
         sent = progress.add_task("published", total=total)
@@ -252,8 +255,6 @@ def main() -> int:
         # Somebody's server may keep what an earlier run has left there.
         kind.run = f"flights_{secrets.token_hex(4)}"
     with server(kind) as url, service(options.broker, kind, url, port) as running:
-        place = url.rpartition("@")[2]
-        console.print(f"{kind.title} at {place}; open {running.url} to watch\n")
         try:
             statistics, seconds = asyncio.run(stream(kind, url, running, total))
         except* Stuck as group:
