@@ -122,16 +122,18 @@ class Worker:
             raise Failed(f"{self.name} in {self.scenario!r} died, or did not get every message")
         return json.loads(line)
 
-    def round(self, n: int, feed: Callable[[], None] | None) -> tuple[float, float]:
-        """CPU microseconds per message, and messages per second; ``feed`` sends them."""
+    def round(self, n: int, feed: Callable[[], float | None] | None) -> tuple[float, float]:
+        """CPU microseconds per message, and messages per second; ``feed`` sends them.
+
+        The seconds are those that the process says, or that ``feed`` returns.
+        """
         assert self._process.stdin is not None
         self._process.stdin.write(f"{n}\n")
         self._process.stdin.flush()
         self._read()
-        if feed is not None:
-            feed()
+        seconds = feed() if feed is not None else None
         result = self._read()
-        return result["cpu"] / n * 1e6, n / result["wall"]
+        return result["cpu"] / n * 1e6, n / (seconds or result["wall"])
 
     def close(self) -> None:
         self._process.kill()
@@ -187,8 +189,11 @@ class Section:
     def prepare(self, scenario: str, addresses: list[str]) -> None:
         """Have what the contenders of a scenario read."""
 
-    def send(self, scenario: str, address: str, n: int) -> None:
-        """Send n messages; returns when the server has all of them."""
+    def send(self, scenario: str, address: str, n: int) -> float | None:
+        """Send n messages; returns when the server has all of them.
+
+        Where only whoever reads the results knows when they are there: how long that took.
+        """
         raise NotImplementedError
 
     def run(self, scenario: str, most: int = MANY) -> Rows:
@@ -205,7 +210,9 @@ class Section:
         """Messages of a round."""
         return max(int(min(FEWER.get(name, most), most) * self.scale), 50)
 
-    def turns(self, scenario: str, most: int, feed: Callable[[str, int], None] | None) -> Rows:
+    def turns(
+        self, scenario: str, most: int, feed: Callable[[str, int], float | None] | None
+    ) -> Rows:
         """All contenders of one scenario in turn, each reading an address of its own.
 
         ``feed`` sends n messages to an address; None where contenders drive themselves.

@@ -68,10 +68,11 @@ class Kafka(Section):
         for future in client.create_topics(new).values():
             future.result(10)
 
-    def send(self, scenario: str, address: str, n: int) -> None:
+    def send(self, scenario: str, address: str, n: int) -> float | None:
         for i in range(n):
             self.sender.produce(address, ORDER, key=f"{i % KEYS}" if scenario == "keys" else None)
         self.sender.flush()
+        return None
 
     def run(self, scenario: str, most: int = MANY) -> Rows:
         return super().run(scenario, PUBLISHED if scenario == "publisher" else most)
@@ -90,6 +91,10 @@ def section(peer: str | None, rounds: int, scale: float) -> list[str]:
         progress("kafka: per key")
         # Fewer messages would not show it.
         keyed = Kafka(producer, server.url, peer, rounds, 1.0).run("keys", KEYED)
+        progress("kafka: exactly once")
+        from benchmarks.exactly_once import ExactlyOnce
+
+        once = ExactlyOnce(producer, server.url, peer, rounds, scale).report()
     ideal, rate = LANES / WAIT, keyed["millstream"][1]
     return [
         *lines,
@@ -106,6 +111,11 @@ def section(peer: str | None, rounds: int, scale: float) -> list[str]:
                 "Millstream": [f"{KEYED / rate:.2f}", f"{ideal / rate:.2f}"],
             },
         ),
+        "",
+        "Consuming, processing and producing, without transactions and with the offsets in the",
+        "transaction of the results; until the results can be read:",
+        "",
+        *once,
     ]
 
 

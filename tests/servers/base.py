@@ -14,8 +14,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Self
 
-import pytest
-
 #: Below what systems hand out to outgoing connections. A client that reconnects to a port of
 #: that range while the server is down can end up connected to itself and hold the port.
 PORTS = range(12_000, 32_000)
@@ -35,6 +33,8 @@ def free_port() -> int:
 
 def missing(what: str) -> None:
     """Skip the test because ``what`` is not there; in CI, where it must be, fail."""
+    import pytest  # the benchmarks, which use these servers as well, do without
+
     if os.environ.get("CI", "").lower() in {"1", "true"}:
         pytest.fail(f"{what} (and CI must not skip this)", pytrace=False)
     pytest.skip(what)
