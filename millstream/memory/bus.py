@@ -17,7 +17,7 @@ import msgspec
 
 from ..ack import Settlement
 from ..address import Address
-from ..clock import Clock, Timer
+from ..clock import Clock, Timer, wake
 from ..driver import CANCELLED, Sink, SubscriptionSpec
 from ..errors import PublishTimeout, SetupError
 from ..letters import REPLAY_TO
@@ -306,7 +306,7 @@ class MemoryBus:
                 )
             room = asyncio.get_running_loop().create_future()
             self.waiting.append(room)
-            timer = clock.call_later(left, _wake, room)
+            timer = clock.call_later(left, wake, room)
             try:
                 await room
             finally:
@@ -321,17 +321,12 @@ class MemoryBus:
         """Let the waiting publishers look again."""
         waiting, self.waiting = self.waiting, []
         for future in waiting:
-            _wake(future)
+            wake(future)
 
 
 def matches(addresses: Iterable[Address], destination: str) -> bool:
     """Whether one of some addresses takes what is sent to another."""
     return any(address.matches(destination) for address in addresses)
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 class MemoryIntake:
@@ -368,7 +363,7 @@ class MemoryIntake:
 
     def take(self, entry: Entry) -> None:
         self.fetched.append(entry)
-        _wake(self._idle)
+        wake(self._idle)
 
     async def _run(self) -> None:
         try:
@@ -419,7 +414,7 @@ class MemoryIntake:
         if self.store in self.bus.own:
             self.bus.own.remove(self.store)
         self.bus.make_room()
-        _wake(self._idle)
+        wake(self._idle)
 
     def _give_back(self) -> int:
         back = list(self.fetched)
