@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -140,7 +141,8 @@ class MemoryDedup:
     def __init__(self, clock: Clock | None = None, *, limit: int = 100_000) -> None:
         self._clock = clock or LoopClock()
         self._limit = limit
-        self._keys: dict[str, tuple[bool, float]] = {}
+        #: The oldest entries stand first.
+        self._keys: OrderedDict[str, tuple[bool, float]] = OrderedDict()
 
     async def claim(self, key: str, lease: float) -> Claim:
         now = self._clock.now()
@@ -157,13 +159,10 @@ class MemoryDedup:
         self._keys.pop(key, None)
 
     def _put(self, key: str, done: bool, until: float) -> None:
-        self._keys.pop(key, None)  # so that the oldest entries stand first
         self._keys[key] = (done, until)
+        self._keys.move_to_end(key)
         if len(self._keys) > self._limit:
-            now = self._clock.now()
-            for old in list(self._keys)[: self._limit // 10]:
-                if self._keys[old][1] <= now or len(self._keys) > self._limit:
-                    del self._keys[old]
+            self._keys.popitem(last=False)
 
 
 class SqliteDedup:

@@ -72,13 +72,15 @@ async def test_sqlite_keys_survive_and_are_shared(tmp_path: Path) -> None:
     three.close()
 
 
-async def test_the_memory_store_is_bounded() -> None:
+@pytest.mark.parametrize("limit", [5, 100])
+async def test_the_memory_store_is_bounded(limit: int) -> None:
     clock = VirtualClock()
-    store = MemoryDedup(clock, limit=100)
+    store = MemoryDedup(clock, limit=limit)
     for n in range(1000):
         await store.done(str(n), 60)
-    assert len(store._keys) <= 100
     assert await store.claim("999", 60) == "done"
+    assert await store.claim(str(1000 - limit), 60) == "done"
+    assert await store.claim(str(999 - limit), 60) == "mine"  # the oldest are forgotten
 
 
 async def test_a_message_that_comes_again_is_not_handled_again() -> None:
