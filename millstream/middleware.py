@@ -7,6 +7,7 @@ Nothing is looked up per message; a middleware that leaves a side alone costs no
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -127,12 +128,7 @@ class _Function(Middleware):
         self.function = function
 
     def consume(self, call_next: Call, site: Site) -> Call:
-        function = self.function
-
-        async def call(msg: Message[Any]) -> Any:
-            return await function(call_next, msg)
-
-        return call
+        return functools.partial(self.function, call_next)
 
 
 class ExceptionMiddleware(Middleware):
@@ -185,17 +181,15 @@ class ExceptionMiddleware(Middleware):
             except (HandlerException, StopConsume):
                 raise
             except Exception as error:
-                for kind in type(error).__mro__:
-                    if kind in table:
-                        function, publish = table[kind]
-                        result = await function(msg, error)
-                        return result if publish else None
+                known: list[BaseException] = [error]
                 if isinstance(error, DecodeError) and error.__cause__ is not None:
                     # A validation error is known to users by its library's own class.
-                    for kind in type(error.__cause__).__mro__:
+                    known.append(error.__cause__)
+                for one in known:
+                    for kind in type(one).__mro__:
                         if kind in table:
                             function, publish = table[kind]
-                            result = await function(msg, error.__cause__)
+                            result = await function(msg, one)
                             return result if publish else None
                 raise
 
