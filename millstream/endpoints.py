@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, overload
 
@@ -16,6 +15,7 @@ from .errors import SetupError, StateError
 from .params import Depends
 from .publisher import Publisher
 from .retry import DeadLetter, Retry
+from .signature import user_frame
 from .subscriber import Subscriber
 
 if TYPE_CHECKING:
@@ -132,14 +132,8 @@ def _plain_fields(spec: type) -> list[tuple[str, Any]]:
 
 
 def caller() -> str:
-    """The user's line that is being run: the first one outside this package."""
-    frame = sys._getframe(1)
-    package = __name__.partition(".")[0]
-    while (
-        frame.f_back is not None
-        and frame.f_globals.get("__name__", "").partition(".")[0] == package
-    ):
-        frame = frame.f_back
+    """The user's line that is being run, as ``file:line``."""
+    frame = user_frame()
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 

@@ -162,7 +162,7 @@ class Publisher(Spied):
         """Publish what ``handler`` returns."""
         from .subscriber import as_handler
 
-        wrapped = as_handler(handler, depth=2)
+        wrapped = as_handler(handler)
         wrapped.publishers.append(self)
         return wrapped
 
