@@ -165,6 +165,44 @@ async def test_run_until_exit() -> None:
     assert not app.health()["ready"]
 
 
+async def test_a_run_that_is_cancelled_while_it_starts_leaves_nothing_behind() -> None:
+    broker = MemoryBroker()
+    app = Millstream(broker)
+    told: list[str] = []
+    asked = asyncio.Event()
+
+    @app.on_startup
+    async def slow() -> None:
+        asked.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            told.append("cut off")
+
+    app.after_shutdown(lambda: told.append("ended"))
+    before = asyncio.all_tasks()
+    running = asyncio.create_task(app.run())
+    await asked.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert told == ["cut off", "ended"]
+    assert asyncio.all_tasks() == before and broker.state is State.NEW
+
+
+async def test_a_run_whose_start_fails_leaves_no_task_behind() -> None:
+    app = Millstream(MemoryBroker())
+
+    @app.on_startup
+    async def fails() -> None:
+        raise ValueError("no")
+
+    before = asyncio.all_tasks()
+    with pytest.raises(ValueError, match="no"):
+        await app.run()
+    assert asyncio.all_tasks() == before
+
+
 async def test_run_until_a_signal_and_a_second_one_hurries() -> None:
     broker = MemoryBroker(graceful_timeout=60)
     app = Millstream(broker)
