@@ -243,23 +243,33 @@ class Subscription:
         if by is None:
             return None
         envelope, link = self.spec.envelope, self.link
+        find: Callable[[Message[Any]], Any]
         if callable(by):
-            return lambda raw: by(envelope(raw, link))
-        if by.startswith("header:"):
+            find = by
+        elif by.startswith("header:"):
             header = by.removeprefix("header:")
             return lambda raw: envelope(raw, link).headers.get(header)
-        if link.address is not None and by in link.address.places:
+        elif link.address is not None and by in link.address.places:
             return lambda raw: envelope(raw, link).path[by]
-        codec = self.spec.codec or self.scope.codec
-        read = codec.decoder(msgspec.defstruct("Key", [(by, Any, None)]))
-        field = operator.attrgetter(by)
+        else:
+            codec = self.spec.codec or self.scope.codec
+            read = codec.decoder(msgspec.defstruct("Key", [(by, Any, None)]))
+            field = operator.attrgetter(by)
+            find = lambda message: field(read(message.body))  # noqa: E731
 
         def key(raw: Any) -> Hashable:
+            message = envelope(raw, link)
             try:
-                value = field(read(envelope(raw, link).body))
-            except Exception:  # a poison body: any lane may find out
+                value = find(message)
+            except Exception as error:  # a poison body, perhaps: the handler finds out
+                if callable(by):
+                    self.failing.log(message, error, "ordered_by failed, so it has no order")
                 return None
-            return value if isinstance(value, Hashable) else repr(value)
+            try:
+                hash(value)
+            except TypeError:
+                return repr(value)
+            return value
 
         return key
 
