@@ -320,6 +320,20 @@ async def test_a_name_that_is_not_in_the_context() -> None:
         await given(handler, b"")
 
 
+async def test_a_default_of_the_context_is_taken_as_it_is() -> None:
+    got: list[Any] = []
+
+    async def handler(
+        limit: int = Context("nowhere", default=None, cast=True),
+        tries: int = Context("message.headers.tries", default=None, cast=True),
+    ) -> None:
+        got.append((limit, tries))
+
+    await given(handler, b"")
+    await given(handler, b"", headers={"tries": "3"})
+    assert got == [(None, None), (None, 3)]
+
+
 async def test_a_middleware_may_set_local_values() -> None:
     got: list[Any] = []
 
