@@ -27,7 +27,7 @@ from ..errors import (
     SetupError,
 )
 from ..message import Message
-from ..security import without_secrets
+from ..security import BaseSecurity, without_secrets
 from .connection import (
     addresses,
     client_options,
@@ -42,7 +42,6 @@ from .options import SYNTAX, NatsPublish, NatsSubscription
 from .outbox import API_TIMEOUT, Outbox
 from .pull import PullFlow
 from .push import PushFlow
-from .security import NatsSecurity
 from .stores import Stores
 from .streams import Streams
 
@@ -75,7 +74,7 @@ class NatsDriver(BaseDriver):
         self,
         servers: str | Sequence[str] = "nats://localhost:4222",
         *,
-        security: NatsSecurity | None = None,
+        security: BaseSecurity | None = None,
         publish_timeout: float = 5.0,
         clock: Clock | None = None,
         js_options: dict[str, Any] | None = None,
