@@ -12,8 +12,18 @@ from nats.js.api import Placement, RePublish, StorageType
 from nats.js.kv import KeyValue
 from nats.js.object_store import ObjectStore
 
-from ..broker import Broker, BrokerOptions, known_options, split_options
-from ..endpoints import Endpoints, Route, RoutePublisher, Router, asks, declares, produces, sends
+from ..broker import Broker, BrokerOptions, split_options
+from ..endpoints import (
+    Endpoints,
+    Route,
+    RoutePublisher,
+    Router,
+    asks,
+    declares,
+    known_options,
+    produces,
+    sends,
+)
 from ..security import BaseSecurity
 from .driver import NatsDriver
 from .options import NatsPublication, NatsPublish, NatsRequest, NatsSubscription
