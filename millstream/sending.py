@@ -7,7 +7,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import killpoints
-from .codec import Codec, as_decode_error, decode_any
+from .body import any_reader
+from .codec import Codec, as_decode_error
 from .driver import PublishCommand
 from .errors import RemoteError
 from .message import Link, Message
@@ -96,7 +97,7 @@ async def answer(
     """
     raw = await ask(command)
     link, codec = Link(broker.driver, None), broker.default_codec
-    link.decode = body_reader(codec)
+    link.decode = any_reader(codec, "the body")
     message: Message[Any] = broker.driver.reply_envelope()(raw, link)
     kind = message.headers.get("ms-error-type")
     if kind is not None:
@@ -107,15 +108,3 @@ async def answer(
         return codec.decoder(response_model)(message.body)
     except Exception as error:
         raise as_decode_error(error, "the answer") from error
-
-
-def body_reader(codec: Codec) -> Callable[[Message[Any]], Any]:
-    """Decodes a message by its content type."""
-
-    def read(message: Message[Any]) -> Any:
-        try:
-            return decode_any(codec, message.body, message.content_type)
-        except Exception as error:
-            raise as_decode_error(error, "the body") from error
-
-    return read
