@@ -55,6 +55,11 @@ class Response:
         # The fields that a broker's own class adds are the options.
         Response.__init__(self, **vars(self))
 
+    def arguments(self) -> dict[str, Any]:
+        """What is said besides the body, as arguments of the broker's ``publish``."""
+        given = {"headers": self.headers, "correlation_id": self.correlation_id}
+        return self.options | {name: value for name, value in given.items() if value is not None}
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.body!r})"
 
@@ -127,26 +132,20 @@ class Publication:
 
     async def result(self, message: Message[Any], result: Any) -> None:
         """Publish what a handler returned."""
-        if self.many:
-            overrides = ensure_response(result).options
-            if isinstance(result, Response):
-                overrides = {**overrides, "correlation_id": result.correlation_id}
-                if result.headers is not None:
-                    overrides["headers"] = result.headers
-                result = result.body
-            await self.all(result, overrides)
-            return
+        overrides = None
         if isinstance(result, Response):
-            overrides = dict(result.options)
-            if result.headers is not None:
-                overrides["headers"] = result.headers
-            command = self.make(result.body, overrides)
-            command.correlation_id = result.correlation_id or message.known_correlation_id
+            result, overrides = result.body, result.arguments()
+        if self.many:
+            await self.all(result, overrides or {})
+            return
+        if overrides:
+            command = self.make(result, overrides)
         else:
             command = self.command(message=result, **self.defaults)
-            command.correlation_id = message.known_correlation_id
             if command.headers:
                 command.headers = dict(command.headers)
+        if command.correlation_id is None:
+            command.correlation_id = message.known_correlation_id
         await self.send(command)
 
 
