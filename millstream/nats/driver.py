@@ -192,7 +192,7 @@ class NatsDriver(BaseDriver):
         self.reason = reason_of(error)
         if self.connected and not isinstance(error, OSError):
             self._denied(self.reason)
-            self.report(self.reason)
+            self.notify("error", self.reason)
         await self._call("error_cb", error)
 
     def _denied(self, reason: str) -> None:
@@ -274,10 +274,6 @@ class NatsDriver(BaseDriver):
         callback = self._callbacks[name]
         if callback is not None:
             await callback(*args)
-
-    def report(self, reason: str) -> None:
-        """Tell the application of an error that ends nothing."""
-        self.notify("error", reason)
 
     # Declarations and subscriptions
 
