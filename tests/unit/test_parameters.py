@@ -246,6 +246,24 @@ async def test_an_own_parser_makes_the_message() -> None:
     assert got == ["LOUD"]
 
 
+async def test_a_message_of_a_users_parser_is_no_longer_open_once_it_is_settled() -> None:
+    broker = MemoryBroker()
+    got: list[int] = []
+
+    async def parser(raw: Any, original: Any) -> Message[Any]:
+        made: Message[Any] = await original(raw)
+        return made
+
+    @broker.subscriber("in", durable="d", parser=parser)
+    async def handler(value: int) -> None:
+        got.append(value)
+
+    async with TestBroker(broker) as running:
+        await running.publish(1, "in")
+        (subscription,) = broker.health()["subscriptions"]
+    assert got == [1] and subscription["oldest_unsettled"] is None
+
+
 # Context, headers, placeholders
 
 
