@@ -112,6 +112,38 @@ async def test_a_message_that_comes_again_is_not_handled_again() -> None:
     assert published == [1, 13]
 
 
+async def test_each_message_of_a_batch_has_a_key_of_its_own() -> None:
+    broker = MemoryBroker()
+    runs: list[list[int]] = []
+
+    @broker.subscriber(
+        "in",
+        durable="d",
+        batch=Batch(size=3, wait=1),
+        deduplicate=Dedup(key="id"),
+        retry=Retry(delay=1),
+    )
+    async def handler(values: list[int]) -> None:
+        runs.append(values)
+        if 2 in values and len(runs) == 1:
+            raise BatchFailed({values.index(2): ValueError("not yet")})
+
+    test = TestBroker(broker)
+    async with test as running:
+        for value in (1, 2, 3):
+            await running.publish(value, "in", headers={"id": str(value)})
+        await test.clock.advance(0)
+        assert runs == [[1, 2, 3]]
+        await running.publish(1, "in", headers={"id": "1"})  # done before
+        await running.publish(4, "in", headers={"id": "4"})
+        await running.publish(4, "in", headers={"id": "4"})  # its twin stands beside it
+        await test.clock.advance(10)
+        assert sorted(value for values in runs[1:] for value in values) == [2, 4]
+        await running.publish(2, "in", headers={"id": "2"})
+        await test.clock.advance(10)
+        assert sum(values.count(2) for values in runs) == 2
+
+
 async def test_a_twin_waits_until_the_first_is_decided() -> None:
     broker = MemoryBroker()
     gate = asyncio.Event()
