@@ -28,15 +28,15 @@ class Middleware:
 
     ``consume`` wraps decoding and handler, and its call's return value is what gets
     published; ``publish`` wraps encoding and sending, and sees the command before its body
-    is encoded. Both are called once, at start; ``site`` describes the handler (None where a
-    publication belongs to no handler).
+    is encoded. Both are called once, at start; ``site`` describes the handler, or for a
+    publication its broker.
     """
 
     def consume(self, call_next: Call, site: Site) -> Call:
         """The call that replaces ``call_next``."""
         return call_next
 
-    def publish(self, call_next: Send, site: Site | None) -> Send:
+    def publish(self, call_next: Send, site: Site) -> Send:
         """The send that replaces ``call_next``."""
         return call_next
 
@@ -106,10 +106,10 @@ class _Hooks(Middleware):
 
         return call
 
-    def publish(self, call_next: Send, site: Site | None) -> Send:
+    def publish(self, call_next: Send, site: Site) -> Send:
         if not self.send:
             return call_next
-        factory, context = self.factory, site.context if site is not None else None
+        factory, context = self.factory, site.context
 
         async def send(command: Any) -> Any:
             message = current.get()
@@ -235,7 +235,7 @@ def fold_consume(middlewares: Sequence[Any], call: Call, site: Site) -> Call:
     return call
 
 
-def fold_publish(middlewares: Sequence[Any], send: Send, site: Site | None) -> Send:
+def fold_publish(middlewares: Sequence[Any], send: Send, site: Site) -> Send:
     """Wrap a send; the first middleware is the outermost."""
     for item in reversed(middlewares):
         send = as_middleware(item).publish(send, site)

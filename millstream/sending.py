@@ -13,6 +13,7 @@ from .driver import PublishCommand
 from .errors import RemoteError
 from .message import Link, Message
 from .middleware import Send, fold_publish
+from .plan import Site
 
 if TYPE_CHECKING:
     from .broker import Broker
@@ -61,7 +62,16 @@ def _way(
             command.timeout = timeout
         return await deliver(command, data, headers)
 
-    return fold_publish((*middlewares, *broker.test_middlewares), send, None)
+    site = Site(
+        name="publication",
+        where="",
+        codec=codec,
+        context=broker.context,
+        logger=broker.logger,
+        broker=broker,
+        app=broker.app,
+    )
+    return fold_publish((*middlewares, *broker.test_middlewares), send, site)
 
 
 async def send_all(send: Send, commands: Sequence[PublishCommand]) -> list[Any]:
