@@ -283,7 +283,7 @@ class Broker(Endpoints):
             await self._connection.open()
             self.bind()
         except BaseException:
-            self.state = State.FAILED
+            self.state = State.STOPPED if self.ending else State.FAILED
             await self._connection.close()
             raise
         self.state = State.CONNECTED
@@ -358,12 +358,14 @@ class Broker(Endpoints):
         for task in list(self._tasks):
             task.cancel()
         await self._connection.close()
-        await self.stack.aclose()
-        self._send = self._ask = None
-        for subscription in stopped:
-            if subscription in subscription.subscriber.running:
-                subscription.subscriber.running.remove(subscription)
-        self.state = last
+        try:
+            await self.stack.aclose()
+        finally:
+            self._send = self._ask = None
+            for subscription in stopped:
+                if subscription in subscription.subscriber.running:
+                    subscription.subscriber.running.remove(subscription)
+            self.state = last
 
     async def __aenter__(self) -> Self:
         return await self.connect()

@@ -14,6 +14,7 @@ import pytest
 from millstream import (
     Context,
     ContextRepo,
+    Depends,
     FastStream,
     Message,
     Millstream,
@@ -21,6 +22,7 @@ from millstream import (
     State,
     StopApplication,
     StopConsume,
+    VirtualClock,
 )
 from millstream.errors import ConnectError, StateError
 from millstream.memory import MemoryBroker, MemoryDriver
@@ -151,6 +153,41 @@ async def test_an_unreachable_broker_is_tried_until_the_time_is_over(
     broker.driver = Never()
     with pytest.raises(ConnectError, match="bad password"):
         await broker.connect()
+
+
+async def test_a_broker_that_is_stopped_while_it_connects_gives_up() -> None:
+    class Away(MemoryDriver):
+        async def connect(self) -> None:
+            raise ConnectError("away")
+
+    clock = VirtualClock()
+    broker = MemoryBroker(clock=clock)
+    broker.driver = Away()
+    connecting = asyncio.create_task(broker.start())
+    await clock.advance(1)
+    assert broker.state is State.CONNECTING
+    await broker.stop()
+    await clock.advance(5)
+    with pytest.raises(ConnectError, match="stopped before it was reached"):
+        await connecting
+    assert broker.state is State.STOPPED
+
+
+async def test_a_broker_is_stopped_though_the_end_of_a_dependency_fails() -> None:
+    async def pool() -> AsyncIterator[str]:
+        yield "pool"
+        raise OSError("cannot be closed")
+
+    broker = MemoryBroker()
+
+    @broker.subscriber("in")
+    async def handler(value: int, pool: str = Depends(pool, scope="app")) -> None: ...
+
+    await broker.start()
+    with pytest.raises(OSError, match="cannot be closed"):
+        await broker.stop()
+    assert broker.state is State.STOPPED
+    await broker.stop()
 
 
 async def test_run_until_exit() -> None:
