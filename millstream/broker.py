@@ -11,7 +11,6 @@ from typing import Any, Self, Unpack, cast
 import msgspec
 
 from .clock import Clock, LoopClock
-from .codec import Codec
 from .connection import Connection
 from .context import ContextRepo
 from .driver import Driver, PublishCommand, Spec
@@ -167,11 +166,6 @@ class Broker(Endpoints):
 
     # Publishing
 
-    @property
-    def default_codec(self) -> Codec:
-        """What bodies are written with where nothing else is said."""
-        return default_scope(self.codec).codec
-
     def _publish(self, command: PublishCommand, /) -> Coroutine[Any, Any, Any]:
         if self._send is None:
             raise self._not_connected("publish")
@@ -180,7 +174,8 @@ class Broker(Endpoints):
     def _request(self, command: PublishCommand, /) -> Coroutine[Any, Any, Any]:
         if self._ask is None:
             raise self._not_connected("request")
-        return answer(self, self._ask, command, getattr(command, "response_model", None))
+        response_model = getattr(command, "response_model", None)
+        return answer(self, default_scope(self.codec).codec, self._ask, command, response_model)
 
     def _not_connected(self, what: str) -> NotConnected:
         hint = (

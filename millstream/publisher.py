@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from .codec import Codec
 from .driver import PublicationSpec, PublishCommand
 from .errors import NotConnected
 from .message import Message, current
@@ -75,6 +76,7 @@ class Publication:
     __slots__ = (
         "broker",
         "chain",
+        "codec",
         "command",
         "defaults",
         "many",
@@ -98,7 +100,8 @@ class Publication:
         }
         #: Whether what is published is a list, each item of which is a message.
         self.many: bool = spec.many
-        codec, middlewares = spec.codec or scope.codec, (*scope.middlewares, *spec.middlewares)
+        self.codec: Codec = spec.codec or scope.codec
+        codec, middlewares = self.codec, (*scope.middlewares, *spec.middlewares)
         self.send: Send = sender(broker, codec, middlewares)
         self.request: Send = requester(broker, codec, middlewares)
         if broker.probe is not None:
@@ -200,7 +203,8 @@ class Publisher(Spied):
         publication = self.publication()
         command = publication.make(message, overrides)
         correlate(command)
-        return await answer(publication.broker, publication.request, command, response_model)
+        codec, ask = publication.codec, publication.request
+        return await answer(publication.broker, codec, ask, command, response_model)
 
     def __repr__(self) -> str:
         return f"<Publisher {self.spec.destination!r}>"

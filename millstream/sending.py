@@ -11,6 +11,7 @@ from .body import any_reader
 from .codec import Codec, as_decode_error
 from .driver import PublishCommand
 from .errors import RemoteError
+from .letters import many_lines
 from .message import Link, Message
 from .middleware import Send, fold_publish
 from .plan import Site
@@ -95,9 +96,9 @@ async def send_all(send: Send, commands: Sequence[PublishCommand]) -> list[Any]:
 
 
 async def answer(
-    broker: Broker, ask: Send, command: PublishCommand, response_model: Any = None
+    broker: Broker, codec: Codec, ask: Send, command: PublishCommand, response_model: Any = None
 ) -> Any:
-    """Send a request; a Message, or its body as ``response_model``.
+    """Send a request; a Message that ``codec`` reads, or its body as ``response_model``.
 
     Raises:
         RequestTimeout: no answer in time.
@@ -106,12 +107,12 @@ async def answer(
         DecodeError: the answer is not a ``response_model``.
     """
     raw = await ask(command)
-    link, codec = Link(broker.driver, None), broker.default_codec
+    link = Link(broker.driver, None)
     link.decode = any_reader(codec, "the body")
     message: Message[Any] = broker.driver.reply_envelope()(raw, link)
     kind = message.headers.get("ms-error-type")
     if kind is not None:
-        raise RemoteError(kind, message.headers.get("ms-error", ""))
+        raise RemoteError(kind, many_lines(message.headers.get("ms-error", "")))
     if response_model is None:
         return message
     try:
