@@ -177,7 +177,7 @@ class MemoryDriver:
     ) -> MemoryIntake:
         self._check_connected()
         intake = MemoryIntake(self, spec, sink, lost)
-        self._intakes = [i for i in self._intakes if not i.task.done()]
+        self._intakes = [i for i in self._intakes if not i.over]
         self._intakes.append(intake)
         return intake
 
