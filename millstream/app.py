@@ -104,10 +104,10 @@ class Millstream:
         """
         if not isinstance(broker, Broker):
             raise SetupError(
-                f"{broker!r} is not a broker", code="MS130", fix="Millstream(NatsBroker(...))"
+                f"{broker!r} is not a broker", code="MS134", fix="Millstream(NatsBroker(...))"
             )
         if broker in self.brokers:
-            raise SetupError("this broker was added before", code="MS131")
+            raise SetupError("this broker was added before", code="MS135")
         self.brokers.append(broker)
         self._adopt(broker)
 

@@ -19,6 +19,7 @@ from .breaker import Breaker
 from .clock import Clock
 from .codec import Codec
 from .dedup import Dedup
+from .errors import SetupError
 from .letters import Letters
 from .message import Message
 from .middleware import Middleware
@@ -59,6 +60,12 @@ class Batch(msgspec.Struct, frozen=True):
 
     size: int = 100
     wait: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.wait < 0:
+            raise SetupError(
+                f"{self!r}", code="MS129", fix="size is 1 or more, wait in seconds, 0 or more"
+            )
 
 
 Bindings = Mapping[str, Mapping[str, Mapping[str, Any]]]

@@ -147,6 +147,9 @@ class Subscription:
     def _check(self) -> None:
         if self.spec.lanes < 1:
             raise SetupError(f"concurrency={self.spec.lanes}", code="MS127", fix="1 or more")
+        limit = self.spec.handler_timeout
+        if limit is not None and limit <= 0:
+            raise SetupError(f"handler_timeout={limit}", code="MS143", fix="in seconds, above 0")
         if self.spec.ordered_by is not None and self.spec.batch is not None:
             raise SetupError("ordered_by and batch exclude each other", code="MS128")
         self.failing.check()

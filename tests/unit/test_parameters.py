@@ -14,6 +14,7 @@ import pytest
 from millstream import (
     JSON,
     BaseMiddleware,
+    Batch,
     Context,
     ContextRepo,
     Depends,
@@ -665,10 +666,20 @@ def test_all_mistakes_are_told_in_one_go() -> None:
     @broker.subscriber("c", concurrency=0)
     async def third() -> None: ...
 
+    @broker.subscriber("d", handler_timeout=0.0)
+    async def fourth() -> None: ...
+
     with pytest.raises(SetupErrors) as caught:
         broker.compile()
-    assert len(caught.value.errors) == 3
-    assert all(name in str(caught.value) for name in ("first", "second", "third"))
+    assert len(caught.value.errors) == 4
+    assert all(name in str(caught.value) for name in ("first", "second", "third", "fourth"))
+
+
+@pytest.mark.parametrize("options", [{"size": 0}, {"size": -1}, {"wait": -0.1}])
+def test_a_batch_that_can_never_be_full(options: dict[str, Any]) -> None:
+    with pytest.raises(SetupError, match="size is 1 or more, wait in seconds") as caught:
+        Batch(**options)
+    assert caught.value.code == "MS129"
 
 
 def test_a_wrong_type_in_a_decorator() -> None:
