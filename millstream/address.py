@@ -79,6 +79,12 @@ class AddressSyntax(msgspec.Struct, frozen=True):
         """
         return _compile(self, template)
 
+    def literal(self, template: str) -> str:
+        """A template as one address: placeholders by their names, wildcards as words."""
+        words = {self.one: "any", self.rest: "all"}
+        segments = template.split(self.separator)
+        return self.separator.join(words.get(s, s.strip("{}")) for s in segments)
+
 
 @functools.lru_cache(maxsize=4096)
 def _compile(syntax: AddressSyntax, template: str) -> Address:

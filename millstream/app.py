@@ -104,10 +104,10 @@ class Millstream:
         """
         if not isinstance(broker, Broker):
             raise SetupError(
-                f"{broker!r} is not a broker", code="MS130", fix="Millstream(NatsBroker(...))"
+                f"{broker!r} is not a broker", code="MS134", fix="Millstream(NatsBroker(...))"
             )
         if broker in self.brokers:
-            raise SetupError("this broker was added before", code="MS131")
+            raise SetupError("this broker was added before", code="MS135")
         self.brokers.append(broker)
         self._adopt(broker)
 
@@ -207,19 +207,18 @@ class Millstream:
             with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
                 loop.add_signal_handler(number, asked, number)
                 installed.append(number)
+        starting = asyncio.ensure_future(self.start(**extra))
+        leaving = asyncio.ensure_future(self._exit.wait())
         try:
-            starting = asyncio.ensure_future(self.start(**extra))
-            leaving = asyncio.ensure_future(self._exit.wait())
             await asyncio.wait((starting, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not starting.done():  # asked to stop while starting
-                starting.cancel()
-                await asyncio.gather(starting, return_exceptions=True)
-            else:
+            if starting.done():
                 await starting
                 log_line(self.logger, "info", f"{self.title} runs: {self._summary()}")
                 await leaving
-            leaving.cancel()
         finally:
+            for task in (starting, leaving):  # asked to stop, or cancelled, while starting
+                task.cancel()
+            await asyncio.gather(starting, leaving, return_exceptions=True)
             await self.stop()
             for number in installed:
                 loop.remove_signal_handler(number)

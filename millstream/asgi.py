@@ -24,7 +24,8 @@ import msgspec
 
 from .app import Millstream
 from .broker import Broker
-from .errors import MillstreamError, SetupError
+from .context import follow
+from .errors import ContextError, MillstreamError, SetupError
 from .logging import join_server
 from .params import MISSING, Context, Header, Marker
 
@@ -239,14 +240,14 @@ def _from_context(path: str, default: Any, request: Request) -> Any:
     host: AsgiApp | None = request.scope.get("millstream.app")
     if host is not None:
         roots = {"app": host.app, "logger": host.app.logger, "context": host.app.context}
-        if host.app.brokers:
-            roots["broker"] = host.app.brokers[0]
-        first, _, rest = path.partition(".")
-        if first in roots and not rest:
-            return roots[first]
+        if host.app.broker is not None:
+            roots["broker"] = host.app.broker
+        root, *rest = path.split(".")
         try:
+            if root in roots:
+                return follow(roots[root], rest, path)
             return host.app.context.resolve(path)
-        except KeyError:
+        except ContextError:
             if default is MISSING:
                 raise
     if default is not MISSING:

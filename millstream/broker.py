@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import enum
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, Self, TypedDict, Unpack, cast
+from typing import Any, Self, Unpack, cast
 
 import msgspec
 
-from .ack import AckPolicy
 from .clock import Clock, LoopClock
-from .codec import Codec
 from .connection import Connection
 from .context import ContextRepo
 from .driver import Driver, PublishCommand, Spec
-from .endpoints import Endpoints, Scope, caller, default_scope
-from .errors import (
-    NotConnected,
-    SetupError,
-    StateError,
-    raise_all,
-)
+from .endpoints import Endpoints, EndpointsOptions, Scope, default_scope, known_options
+from .errors import NotConnected, SetupError, StateError, raise_all
 from .log import default_logger, log_line, silent_logger
 from .middleware import Send
-from .params import Depends, ParameterSource
+from .params import ParameterSource
 from .publisher import Publication, Publisher
 from .reader import Reader
-from .retry import DeadLetter, Retry
 from .runner import AppValues
 from .sending import answer, requester, send_all, sender
 from .spy import Probe
@@ -39,8 +30,6 @@ from .types import LoggerLike
 from .watchdog import watch
 
 _UNSET: Any = msgspec.UNSET
-#: The options that a broker has in common with routers.
-_DECLARED = frozenset(Endpoints.__init__.__kwdefaults__ or ())
 
 
 class State(enum.Enum):
@@ -56,17 +45,10 @@ class State(enum.Enum):
     FAILED = "failed"
 
 
-class BrokerOptions(TypedDict, total=False):
-    """Options of every broker, whatever its kind.
+class BrokerOptions(EndpointsOptions, total=False):
+    """Options of every broker, whatever its kind, besides those that it shares with routers.
 
     Keys:
-        codec: how bodies are written; JSON by default.
-        ack_policy: for all subscriptions that do not say otherwise.
-        retry: the same.
-        dead_letter: the same.
-        middlewares: outside those of routers and subscribers.
-        dependencies: run before every handler.
-        routers: included at once.
         sources: further providers of parameter values.
         prefix: put before every address.
         graceful_timeout: seconds that running handlers get to finish at a stop; 15.
@@ -77,21 +59,12 @@ class BrokerOptions(TypedDict, total=False):
         watchdog: seconds for which a handler may block the event loop before a warning names
             it; 1. None for no watchdog.
         logger: what ``Logger`` injects and where the broker logs; None for nothing at all.
-        parser: for all subscriptions that do not say otherwise.
-        decoder: the same.
         context: values for ``Context``; the application's by default.
         clock: time, for tests.
         description: for documents.
         tags: for documents.
     """
 
-    codec: Codec | None
-    ack_policy: AckPolicy | None
-    retry: Retry | None
-    dead_letter: DeadLetter | str | None
-    middlewares: Sequence[Any]
-    dependencies: Sequence[Depends]
-    routers: Sequence[Endpoints]
     sources: Sequence[ParameterSource]
     prefix: str
     graceful_timeout: float
@@ -100,26 +73,10 @@ class BrokerOptions(TypedDict, total=False):
     request_timeout: float
     watchdog: float | None
     logger: LoggerLike | None
-    parser: Callable[..., Any] | None
-    decoder: Callable[..., Any] | None
     context: ContextRepo | None
     clock: Clock | None
     description: str | None
     tags: Sequence[Any]
-
-
-def known_options(options: Mapping[str, Any], kind: type, owner: str) -> None:
-    """Raise a SetupError for an option that the TypedDict ``kind`` does not have."""
-    names = kind.__annotations__
-    for name in options:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            raise SetupError(
-                f"{owner} has no option {name!r}",
-                code="MS120",
-                where=caller(),
-                fix=f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(sorted(names))}",
-            )
 
 
 def split_options(
@@ -146,8 +103,9 @@ class Broker(Endpoints):
 
     def __init__(self, driver: Driver, **options: Unpack[BrokerOptions]) -> None:
         known_options(options, BrokerOptions, type(self).__name__)
-        declared: dict[str, Any] = {k: v for k, v in options.items() if k in _DECLARED}
-        super().__init__(**declared)
+        shared = EndpointsOptions.__annotations__
+        declared: Any = {name: value for name, value in options.items() if name in shared}
+        super().__init__(prefix=options.get("prefix", ""), **declared)
         self.driver = driver
         self.clock = options.get("clock") or LoopClock()
         self.context = options.get("context") or ContextRepo()
@@ -208,11 +166,6 @@ class Broker(Endpoints):
 
     # Publishing
 
-    @property
-    def default_codec(self) -> Codec:
-        """What bodies are written with where nothing else is said."""
-        return default_scope(self.codec).codec
-
     def _publish(self, command: PublishCommand, /) -> Coroutine[Any, Any, Any]:
         if self._send is None:
             raise self._not_connected("publish")
@@ -221,7 +174,8 @@ class Broker(Endpoints):
     def _request(self, command: PublishCommand, /) -> Coroutine[Any, Any, Any]:
         if self._ask is None:
             raise self._not_connected("request")
-        return answer(self, self._ask, command, getattr(command, "response_model", None))
+        response_model = getattr(command, "response_model", None)
+        return answer(self, default_scope(self.codec).codec, self._ask, command, response_model)
 
     def _not_connected(self, what: str) -> NotConnected:
         hint = (
@@ -324,7 +278,7 @@ class Broker(Endpoints):
             await self._connection.open()
             self.bind()
         except BaseException:
-            self.state = State.FAILED
+            self.state = State.STOPPED if self.ending else State.FAILED
             await self._connection.close()
             raise
         self.state = State.CONNECTED
@@ -399,12 +353,14 @@ class Broker(Endpoints):
         for task in list(self._tasks):
             task.cancel()
         await self._connection.close()
-        await self.stack.aclose()
-        self._send = self._ask = None
-        for subscription in stopped:
-            if subscription in subscription.subscriber.running:
-                subscription.subscriber.running.remove(subscription)
-        self.state = last
+        try:
+            await self.stack.aclose()
+        finally:
+            self._send = self._ask = None
+            for subscription in stopped:
+                if subscription in subscription.subscriber.running:
+                    subscription.subscriber.running.remove(subscription)
+            self.state = last
 
     async def __aenter__(self) -> Self:
         return await self.connect()

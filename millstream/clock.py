@@ -60,7 +60,8 @@ class _VirtualTimer:
         self.call = None
 
 
-def _wake(future: asyncio.Future[None]) -> None:
+def wake(future: asyncio.Future[None]) -> None:
+    """Let whoever awaits a future go on."""
     if not future.done():
         future.set_result(None)
 
@@ -97,7 +98,7 @@ class VirtualClock:
 
     async def sleep(self, delay: float) -> None:
         future = asyncio.get_running_loop().create_future()
-        timer = self.call_later(delay, _wake, future)
+        timer = self.call_later(delay, wake, future)
         task = asyncio.current_task()
         self.sleeping.add(task)
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import typing
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 
@@ -101,25 +101,12 @@ def _custom(type_: Any, value: Any) -> Any:
     raise TypeError(f"cannot make {type_!r} from {type(value).__name__}")
 
 
-def _reduce(value: Any) -> Any:
-    """msgspec's hook to encode types it does not know."""
-    if hasattr(type(value), "__pydantic_serializer__"):
-        return _adapter(type(value)).dump_python(value, mode="json", by_alias=True)
-    raise TypeError(f"{type(value).__name__} has no representation")
-
-
-def _reduce_json(value: Any) -> Any:
-    if hasattr(type(value), "__pydantic_serializer__"):
-        return msgspec.Raw(_adapter(type(value)).dump_json(value, by_alias=True))
-    raise TypeError(f"{type(value).__name__} has no JSON representation")
-
-
 def converter(type_: Any) -> Decode:
     """A function that turns builtins (or a string) into ``type_``; the identity for Any."""
     if type_ is Any or type_ is object:
         return _identity
     if uses_pydantic(type_):
-        return typing.cast("Decode", _adapter(type_).validate_python)
+        return cast("Decode", _adapter(type_).validate_python)
     _supported(type_)
 
     def convert(value: Any) -> Any:
@@ -138,65 +125,79 @@ def _supported(type_: Any) -> None:
         raise SetupError(f"no decoder can be made for {show_type(type_)}: {error}") from error
 
 
-class JSON:
+class _Format:
+    """A format of msgspec's, with pydantic's models by pydantic; ``bytes`` and ``str`` as they are.
+
+    A subclass says what the format is called (by people, by media types, and in the header that
+    announces it), and how it writes and reads what is pydantic's.
+    """
+
+    name: str
+    content_type: str
+    announced: str | None
+    module: Any
+
+    def __init__(self) -> None:
+        self._encode = self.module.Encoder(enc_hook=self._reduce).encode
+
+    def decoder(self, type_: Any, /) -> Decode:
+        if type_ is bytes:
+            return _identity
+        if type_ is str:
+            return _text
+        if uses_pydantic(type_):
+            return self._validator(_adapter(type_))
+        _supported(type_)
+        return cast("Decode", self.module.Decoder(type_, dec_hook=_custom).decode)
+
+    def encode(self, value: Any, /) -> tuple[bytes, str | None]:
+        plain = _plain(value)
+        if plain is not None:
+            return plain
+        try:
+            return self._encode(value), self.announced
+        except (TypeError, ValueError) as error:
+            raise EncodeError(
+                f"{type(value).__name__} cannot be written as {self.name}: {error}"
+            ) from error
+
+    def _reduce(self, value: Any) -> Any:
+        """msgspec's hook to encode types it does not know."""
+        if hasattr(type(value), "__pydantic_serializer__"):
+            return self._dumped(_adapter(type(value)), value)
+        raise TypeError(f"{type(value).__name__} has no {self.name} representation")
+
+    def _dumped(self, adapter: Any, value: Any) -> Any:
+        raise NotImplementedError
+
+    def _validator(self, adapter: Any) -> Decode:
+        raise NotImplementedError
+
+
+class JSON(_Format):
     """JSON by msgspec, pydantic's models by pydantic; ``bytes`` and ``str`` as they are."""
 
-    content_type = "application/json"
+    name, content_type, announced, module = "JSON", "application/json", None, msgspec.json
 
-    def __init__(self) -> None:
-        self._encode = msgspec.json.Encoder(enc_hook=_reduce_json).encode
+    def _dumped(self, adapter: Any, value: Any) -> Any:
+        return msgspec.Raw(adapter.dump_json(value, by_alias=True))
 
-    def decoder(self, type_: Any, /) -> Decode:
-        if type_ is bytes:
-            return _identity
-        if type_ is str:
-            return _text
-        if uses_pydantic(type_):
-            return typing.cast("Decode", _adapter(type_).validator.validate_json)
-        _supported(type_)
-        return msgspec.json.Decoder(type_, dec_hook=_custom).decode
-
-    def encode(self, value: Any, /) -> tuple[bytes, str | None]:
-        plain = _plain(value)
-        if plain is not None:
-            return plain
-        try:
-            return self._encode(value), None
-        except (TypeError, ValueError) as error:
-            raise EncodeError(
-                f"{type(value).__name__} cannot be written as JSON: {error}"
-            ) from error
+    def _validator(self, adapter: Any) -> Decode:
+        return cast("Decode", adapter.validator.validate_json)
 
 
-class MsgPack:
+class MsgPack(_Format):
     """MessagePack by msgspec; ``bytes`` and ``str`` as they are."""
 
-    content_type = "application/msgpack"
+    name, module = "MessagePack", msgspec.msgpack
+    content_type = announced = "application/msgpack"
 
-    def __init__(self) -> None:
-        self._encode = msgspec.msgpack.Encoder(enc_hook=_reduce).encode
+    def _dumped(self, adapter: Any, value: Any) -> Any:
+        return adapter.dump_python(value, mode="json", by_alias=True)
 
-    def decoder(self, type_: Any, /) -> Decode:
-        if type_ is bytes:
-            return _identity
-        if type_ is str:
-            return _text
-        if uses_pydantic(type_):
-            unpack, validate = msgspec.msgpack.Decoder().decode, _adapter(type_).validate_python
-            return lambda data: validate(unpack(data))
-        _supported(type_)
-        return msgspec.msgpack.Decoder(type_, dec_hook=_custom).decode
-
-    def encode(self, value: Any, /) -> tuple[bytes, str | None]:
-        plain = _plain(value)
-        if plain is not None:
-            return plain
-        try:
-            return self._encode(value), self.content_type
-        except (TypeError, ValueError) as error:
-            raise EncodeError(
-                f"{type(value).__name__} cannot be written as MessagePack: {error}"
-            ) from error
+    def _validator(self, adapter: Any) -> Decode:
+        unpack, validate = msgspec.msgpack.Decoder().decode, adapter.validate_python
+        return lambda data: validate(unpack(data))
 
 
 class Raw:

@@ -26,19 +26,20 @@ class Connection:
         """Connect, and try again for ``startup_timeout`` seconds.
 
         Raises:
-            ConnectError: the broker was not reached, or did not let us in.
+            ConnectError: the broker was not reached, did not let us in, or was stopped meanwhile.
         """
         broker = self.broker
         broker.driver.notify, broker.driver.clock = self._told, broker.clock
         backoff = Exponential(0.5, cap=5.0)
         deadline = broker.clock.now() + broker.startup_timeout
         attempt = 0
-        while True:
+        while not broker.ending:
             attempt += 1
             try:
                 await broker.driver.connect()
                 self.lost = False
-                return
+                if not broker.ending:
+                    return
             except ConnectError as error:
                 delay = backoff(attempt)
                 left = deadline - broker.clock.now()
@@ -50,6 +51,7 @@ class Connection:
                     f"{error}; next try in {delay:.1f} s ({left:.0f} s left)",
                 )
                 await broker.clock.sleep(delay)
+        raise ConnectError(f"{broker.driver.describe()}: stopped before it was reached")
 
     async def close(self) -> None:
         """Disconnect; that it fails is but told."""

@@ -11,14 +11,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
+from .ack import Settlement
 from .clock import Clock, LoopClock
-from .errors import NackMessage, SetupError
-from .message import Message
+from .errors import BatchFailed, NackMessage, SetupError
+from .message import BatchMessage, Message
 from .middleware import Call
 
 if TYPE_CHECKING:
@@ -106,14 +108,15 @@ class Once:
         self.store = dedup.store or MemoryDedup(clock)
 
     async def run(self, message: Message[Any]) -> Any:
+        if isinstance(message, BatchMessage):
+            return await self._run_batch(message)
         store, dedup = self.store, self.dedup
         key = self._key(message)
         claim = await store.claim(key, dedup.lease)
         if claim == "done":
             return None
         if claim == "busy":
-            # Its twin may still fail: look again when its lease is over at the latest.
-            raise NackMessage(delay=min(1.0, dedup.lease))
+            raise NackMessage(delay=self._again)
         try:
             result = await self.call(message)
         except BaseException:
@@ -121,6 +124,38 @@ class Once:
             raise
         await store.done(key, dedup.ttl)
         return result
+
+    async def _run_batch(self, batch: BatchMessage) -> Any:
+        """The same for a list, each message of which has a key of its own."""
+        mine: list[Message[Any]] = []
+        failed: Container[int] = range(len(batch.messages))
+        try:
+            for message in batch.messages:
+                claim = await self.store.claim(self._key(message), self.dedup.lease)
+                if claim == "mine":
+                    mine.append(message)
+                elif claim == "done":
+                    await message.settle(Settlement.ACK)
+                else:
+                    await message.settle(Settlement.NACK, self._again)
+            batch.messages[:] = mine
+            result = await self.call(batch) if mine else None
+            failed = ()
+            return result
+        except BatchFailed as error:
+            failed = error.errors
+            raise
+        finally:
+            for index, message in enumerate(mine):
+                if index in failed:
+                    await self.store.release(self._key(message))
+                else:
+                    await self.store.done(self._key(message), self.dedup.ttl)
+
+    @property
+    def _again(self) -> float:
+        """Seconds after which to look at a message whose twin is being handled and may fail."""
+        return min(1.0, self.dedup.lease)  # when the twin's lease is over at the latest
 
     async def missing(self, message: Message[Any]) -> bool:
         """Whether a message was neither handled nor is at this moment."""
@@ -140,7 +175,8 @@ class MemoryDedup:
     def __init__(self, clock: Clock | None = None, *, limit: int = 100_000) -> None:
         self._clock = clock or LoopClock()
         self._limit = limit
-        self._keys: dict[str, tuple[bool, float]] = {}
+        #: The oldest entries stand first.
+        self._keys: OrderedDict[str, tuple[bool, float]] = OrderedDict()
 
     async def claim(self, key: str, lease: float) -> Claim:
         now = self._clock.now()
@@ -157,13 +193,10 @@ class MemoryDedup:
         self._keys.pop(key, None)
 
     def _put(self, key: str, done: bool, until: float) -> None:
-        self._keys.pop(key, None)  # so that the oldest entries stand first
         self._keys[key] = (done, until)
+        self._keys.move_to_end(key)
         if len(self._keys) > self._limit:
-            now = self._clock.now()
-            for old in list(self._keys)[: self._limit // 10]:
-                if self._keys[old][1] <= now or len(self._keys) > self._limit:
-                    del self._keys[old]
+            self._keys.popitem(last=False)
 
 
 class SqliteDedup:

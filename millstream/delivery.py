@@ -199,12 +199,12 @@ class Delivery:
                 message = envelope(raw, link)
             me.in_flight += 1
             token = set_current(message)
-            if keep:
-                running.add(message)
             try:
                 if parse is not None:
                     message = await parse(message.raw)
                     set_current(message)
+                if keep:
+                    running.add(message)
                 if first:
                     await message.settle(before)
                 if (message.unusual if counts else message.marked) and await taken(message):

@@ -19,6 +19,7 @@ from .breaker import Breaker
 from .clock import Clock
 from .codec import Codec
 from .dedup import Dedup
+from .errors import SetupError
 from .letters import Letters
 from .message import Message
 from .middleware import Middleware
@@ -60,6 +61,12 @@ class Batch(msgspec.Struct, frozen=True):
     size: int = 100
     wait: float = 0.2
 
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.wait < 0:
+            raise SetupError(
+                f"{self!r}", code="MS129", fix="size is 1 or more, wait in seconds, 0 or more"
+            )
+
 
 Bindings = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
@@ -73,18 +80,21 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
         include_in_schema: whether documents show it.
     """
 
+    #: The field of the address, which has the broker's own name (``subject``, ``topic`` …).
+    address_field: ClassVar[str] = ""
+
     title: str | None = None
     description: str | None = None
     include_in_schema: bool = True
 
     def prefixed(self, prefix: str) -> Self:
         """The same declaration under a router's prefix."""
-        raise NotImplementedError
+        return msgspec.structs.replace(self, **{self.address_field: prefix + self.destination})
 
     @property
     def destination(self) -> str:
         """The address as it was declared, with its placeholders."""
-        raise NotImplementedError
+        return getattr(self, self.address_field)  # type: ignore[no-any-return]
 
     @property
     def bindings(self) -> Bindings:
@@ -222,6 +232,9 @@ class PublishCommand(msgspec.Struct, kw_only=True):
             confirmation; None means the broker's ``publish_timeout``.
     """
 
+    #: As of a :class:`Spec`.
+    address_field: ClassVar[str] = ""
+
     headers: dict[str, str] | None = None
     reply_to: str = ""
     correlation_id: str | None = None
@@ -235,11 +248,11 @@ class PublishCommand(msgspec.Struct, kw_only=True):
     @property
     def destination(self) -> str:
         """Where the message goes."""
-        raise NotImplementedError
+        return getattr(self, self.address_field)  # type: ignore[no-any-return]
 
     @destination.setter
     def destination(self, value: str) -> None:
-        raise NotImplementedError
+        setattr(self, self.address_field, value)
 
     @property
     def body(self) -> Any:

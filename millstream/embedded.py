@@ -234,10 +234,7 @@ class EmbeddedNats(Embedded):
     schemes = ("nats",)
     usual_port = 4222
     keeps = "streams"
-
-    @staticmethod
-    def find() -> Path | None:
-        return find_nats_server()
+    find = staticmethod(find_nats_server)
 
     def arguments(self) -> list[str]:
         listen = ["-a", self.host, "-p", str(self.port)]
@@ -255,10 +252,7 @@ class EmbeddedRedis(Embedded):
     schemes = ("redis", "valkey")
     usual_port = 6379
     keeps = "keys"
-
-    @staticmethod
-    def find() -> Path | None:
-        return find_redis_server()
+    find = staticmethod(find_redis_server)
 
     def arguments(self) -> list[str]:
         store = self.store.absolute()
@@ -280,10 +274,7 @@ class EmbeddedMosquitto(Embedded):
     usual_port = 1883
     keeps = "sessions"
     package = "install the package mosquitto, or run the one of compose.yaml"
-
-    @staticmethod
-    def find() -> Path | None:
-        return find_mosquitto()
+    find = staticmethod(find_mosquitto)
 
     def arguments(self) -> list[str]:
         store = self.store.absolute()
@@ -330,10 +321,7 @@ while kill -0 "$node" 2>/dev/null; do wait "$node"; code=$?; done
 kill "$mapper"
 exit "$code"
 """
-
-    @staticmethod
-    def find() -> Path | None:
-        return find_rabbitmq_server()
+    find = staticmethod(find_rabbitmq_server)
 
     def arguments(self) -> list[str]:
         return []

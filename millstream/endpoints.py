@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
-import sys
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, overload
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    ParamSpec,
+    Self,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    overload,
+)
 
 import msgspec
 
@@ -16,6 +26,7 @@ from .errors import SetupError, StateError
 from .params import Depends
 from .publisher import Publisher
 from .retry import DeadLetter, Retry
+from .signature import user_frame
 from .subscriber import Subscriber
 
 if TYPE_CHECKING:
@@ -132,15 +143,49 @@ def _plain_fields(spec: type) -> list[tuple[str, Any]]:
 
 
 def caller() -> str:
-    """The user's line that is being run: the first one outside this package."""
-    frame = sys._getframe(1)
-    package = __name__.partition(".")[0]
-    while (
-        frame.f_back is not None
-        and frame.f_globals.get("__name__", "").partition(".")[0] == package
-    ):
-        frame = frame.f_back
+    """The user's line that is being run, as ``file:line``."""
+    frame = user_frame()
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def known_options(options: Mapping[str, Any], kind: type, owner: str) -> None:
+    """Raise a SetupError for an option that the TypedDict ``kind`` does not have."""
+    names = kind.__annotations__
+    for name in options:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            raise SetupError(
+                f"{owner} has no option {name!r}",
+                code="MS120",
+                where=caller(),
+                fix=f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(sorted(names))}",
+            )
+
+
+class EndpointsOptions(TypedDict, total=False):
+    """What holds for all that is declared on a broker or router and does not say otherwise.
+
+    Keys:
+        codec: how bodies are written; JSON by default.
+        ack_policy: when a message counts as handled.
+        retry: what an error leads to.
+        dead_letter: where messages go that cannot be handled.
+        middlewares: outside those of routers and subscribers.
+        dependencies: run before every handler.
+        routers: included at once.
+        parser: as of a subscription.
+        decoder: the same.
+    """
+
+    codec: Codec | None
+    ack_policy: AckPolicy | None
+    retry: Retry | None
+    dead_letter: DeadLetter | str | None
+    middlewares: Sequence[Any]
+    dependencies: Sequence[Depends]
+    routers: Sequence[Endpoints]
+    parser: Callable[..., Any] | None
+    decoder: Callable[..., Any] | None
 
 
 class Scope(msgspec.Struct, frozen=True):
@@ -177,29 +222,22 @@ class Endpoints:
         self,
         *,
         prefix: str = "",
-        codec: Codec | None = None,
-        ack_policy: AckPolicy | None = None,
-        retry: Retry | None = None,
-        dead_letter: DeadLetter | str | msgspec.UnsetType | None = msgspec.UNSET,
-        middlewares: Sequence[Any] = (),
-        dependencies: Sequence[Depends] = (),
-        routers: Sequence[Endpoints] = (),
-        parser: Callable[..., Any] | None = None,
-        decoder: Callable[..., Any] | None = None,
         include_in_schema: bool | None = None,
+        **options: Unpack[EndpointsOptions],
     ) -> None:
-        self.prefix = prefix
-        self.codec = codec
-        self.ack_policy, self.retry, self.dead_letter = ack_policy, retry, dead_letter
-        self.middlewares: list[Any] = list(middlewares)
-        self.dependencies = tuple(dependencies)
-        self.parser, self.decoder = parser, decoder
+        known_options(options, EndpointsOptions, type(self).__name__)
+        self.prefix, self.codec = prefix, options.get("codec")
+        self.ack_policy, self.retry = options.get("ack_policy"), options.get("retry")
+        self.dead_letter = options.get("dead_letter", msgspec.UNSET)
+        self.middlewares: list[Any] = list(options.get("middlewares", ()))
+        self.dependencies = tuple(options.get("dependencies", ()))
+        self.parser, self.decoder = options.get("parser"), options.get("decoder")
         self.include_in_schema = include_in_schema
         self.subscribers: list[Subscriber] = []
         self.publishers: list[Publisher] = []
         self.inclusions: list[Inclusion] = []
         self.parents: list[Endpoints] = []
-        self.include_routers(*routers)
+        self.include_routers(*options.get("routers", ()))
 
     def _subscribe(self, spec: SubscriptionSpec, /) -> Subscriber:
         subscriber = Subscriber(spec, self)
@@ -367,13 +405,19 @@ class Router(Endpoints):
     Args:
         prefix: put before every address.
         handlers: routes declared at once.
-        options: as :class:`Endpoints`: codec, ack_policy, retry, dead_letter, middlewares,
-            dependencies, routers, parser, decoder, include_in_schema; each holds for all that
-            is declared here and does not say otherwise.
+        include_in_schema: whether documents show what is declared here.
+        options: see :class:`EndpointsOptions`.
     """
 
-    def __init__(self, prefix: str = "", handlers: Sequence[Route] = (), **options: Any) -> None:
-        super().__init__(prefix=prefix, **options)
+    def __init__(
+        self,
+        prefix: str = "",
+        handlers: Sequence[Route] = (),
+        *,
+        include_in_schema: bool | None = None,
+        **options: Unpack[EndpointsOptions],
+    ) -> None:
+        super().__init__(prefix=prefix, include_in_schema=include_in_schema, **options)
         declare: Any = self  # a broker's own router has `subscriber` and `publisher`
         for route in handlers:
             call = route.call

@@ -2,6 +2,7 @@
 
     MillstreamError
     ├─ SetupError (ValueError)            a wrong declaration, found at start
+    │  ├─ SetupErrors                     several of them
     │  ├─ SignatureError                  a handler's parameters
     │  ├─ AddressError                    a subject, topic, queue or channel
     │  ├─ CapabilityError                 the source cannot do what is asked
@@ -12,6 +13,7 @@
     ├─ PublishError
     │  ├─ PublishTimeout (TimeoutError)
     │  └─ MessageTooLarge (ValueError)
+    ├─ Fenced                             another process took this one's place
     ├─ RequestTimeout (TimeoutError)
     ├─ NoResponders
     ├─ NoLetters (LookupError)            nothing keeps an address's dead letters

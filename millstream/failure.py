@@ -63,14 +63,12 @@ class Failures:
         self._rate = Rate()
         spec, scope = self.spec, subscription.scope
         can = spec.capabilities
-        said = spec.ack_policy or scope.ack_policy
-        self.policy = said or AckPolicy.RETRY
+        self.policy = spec.ack_policy or scope.ack_policy or AckPolicy.RETRY
         self.row: Row = TABLE[self.policy] if Capability.ACK in can else UNSETTLED
-        asked = spec.retry or scope.retry
-        self.retry: Retry = asked or DEFAULT_RETRY
+        self.retry: Retry = spec.retry or DEFAULT_RETRY
         #: Retried at all: by default where the source can redeliver, elsewhere only if asked for.
         self.retries = self.policy is AckPolicy.RETRY and (
-            Capability.NACK in can or asked is not None
+            Capability.NACK in can or spec.retry is not None
         )
         #: Whether an attempt can be told from the first before the handler runs.
         self.counts = self.retries and Capability.DELIVERY_COUNT in can and spec.batch is None
@@ -153,7 +151,7 @@ class Failures:
                         _undo(message)
                     delay = retry.backoff(attempt)
                     self.count += 1
-                    self._log(message, error, self._again(attempt, delay))
+                    self.log(message, error, self._again(attempt, delay))
                     await clock.sleep(delay)
                     attempt += 1
                     for one in message.messages if isinstance(message, BatchMessage) else ():
@@ -225,7 +223,7 @@ class Failures:
         if self.dead_letter is not None:
             await self._bury(message, error, attempt - 1)
         else:
-            self._log(message, error, _OUTCOMES[self.last_resort])
+            self.log(message, error, _OUTCOMES[self.last_resort])
             await message.settle(self.last_resort)
         return True
 
@@ -274,12 +272,12 @@ class Failures:
         poison = isinstance(error, DecodeError | HandlerNotFound)
         attempt = message.attempt
         if message.settled is not None:
-            self._log(message, error, "failed after it was settled")
+            self.log(message, error, "failed after it was settled")
         elif (
             self.retries and not self.retry_here and not poison and self.retry.again(error, attempt)
         ):
             delay = self.retry.backoff(attempt)
-            self._log(message, error, self._again(attempt, delay))
+            self.log(message, error, self._again(attempt, delay))
             if self.retry.where == "topic":
                 await message.settle(_NACK, delay, attempt=attempt)
             else:
@@ -292,7 +290,7 @@ class Failures:
             if self.policy is AckPolicy.RETRY and how is _NACK:
                 how = self.last_resort
             wait = self.retry.backoff(attempt) if how is _NACK else None
-            self._log(
+            self.log(
                 message, error, _OUTCOMES[how] if self.row is not UNSETTLED else "failed, dropped"
             )
             if how is not _NONE:
@@ -373,7 +371,7 @@ class Failures:
                 self.dead_lettered += 1
         except Exception as second:
             delay = self.retry.backoff(attempt)
-            self._log(
+            self.log(
                 message,
                 error,
                 f"failed, and its dead letter too ({second}); again in {delay:.3g} s",
@@ -381,7 +379,7 @@ class Failures:
             if Capability.NACK in self.spec.capabilities:
                 await message.settle(_NACK, delay)
             return
-        self._log(
+        self.log(
             message,
             error,
             f"failed for good after attempt {attempt}, now in {self._address}",
@@ -435,7 +433,7 @@ class Failures:
             headers["correlation_id"] = correlation_id
         await self.broker.driver.publish(command, b"", headers)
 
-    def _log(self, message: Message[Any], error: BaseException, outcome: str) -> None:
+    def log(self, message: Message[Any], error: BaseException, outcome: str) -> None:
         """One line; in a storm, one a second that counts those it stands for."""
         more = self._rate.admit(self.broker.clock.now())
         if more is None:

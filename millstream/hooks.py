@@ -22,13 +22,9 @@ def compile_hook(
     function: Callable[..., Any], site: Site
 ) -> Callable[[Any, BaseException], Awaitable[Any]]:
     """A function called with a message and an exception, which is its first parameter."""
-    params, _ = read_params(function)
-    if not params:
-        bare = compile_function(function, site)
-        return lambda message, error: bare(message, {})
-    name = params[0].name
-    run = compile_function(function, site, (name,))
-    return lambda message, error: run(message, {name: error})
+    names = [param.name for param in read_params(function)[0][:1]]
+    run = compile_function(function, site, names)
+    return lambda message, error: run(message, dict.fromkeys(names, error))
 
 
 async def call_with(function: Callable[..., Any], site: Site, extra: Mapping[str, Any]) -> Any:

@@ -1,7 +1,9 @@
 """Named points at which a test can kill this process: for fault tests only.
 
 ``MILLSTREAM_TEST_KILL_AT=after_handler:3`` kills the process with SIGKILL when the named point
-is passed for the third time. Without the variable nothing of this is installed.
+is passed for the third time. Without the variable nothing of this is installed. The points are
+``before_`` and ``after_`` with ``handler``, ``publish``, ``settle`` and ``dead_letter``, and those
+of a broker with transactions.
 """
 
 from __future__ import annotations
@@ -13,21 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 VARIABLE = "MILLSTREAM_TEST_KILL_AT"
-POINTS = (
-    "before_handler",
-    "after_handler",
-    "before_publish",
-    "after_publish",
-    "before_settle",
-    "after_settle",
-    "before_dead_letter",
-    "after_dead_letter",
-    # Of a broker with transactions.
-    "transaction_began",
-    "transaction_sent",
-    "transaction_offsets",
-    "transaction_committed",
-)
 
 
 def kill_point(name: str) -> Callable[[], None] | None:

@@ -7,24 +7,8 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from .clock import Clock
+from .clock import Clock, wake
 from .driver import CANCELLED, Batch, Sink
-
-
-class _Lane:
-    """One queue and whoever waits for it to fill or to drain."""
-
-    __slots__ = ("items", "room", "wake")
-
-    def __init__(self) -> None:
-        self.items: deque[Any] = deque()
-        self.wake: deque[asyncio.Future[None]] = deque()
-        self.room: deque[asyncio.Future[None]] = deque()
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def _release(waiting: deque[asyncio.Future[None]]) -> None:
@@ -58,28 +42,27 @@ class Lanes:
         self._limit = limit if key is None else limit * workers
         self._clock = clock
         self._key = key
-        self._lane = _Lane()
+        #: What any worker may take: items, with a key pairs of key and item.
+        self._items: deque[Any] = deque()
         #: Each key that runs or is about to, and what waits behind it.
         self._chains: dict[Hashable, deque[Any] | None] = {}
-        self._chained = 0
-        work = self._work if key is None else self._work_keyed
+        #: How much waits, behind keys included.
+        self._count = 0
+        #: Workers that wait for an item, and callers of ``submit`` that wait for room.
+        self._wake: deque[asyncio.Future[None]] = deque()
+        self._room: deque[asyncio.Future[None]] = deque()
+        #: What those callers want to submit.
+        self._outside: list[Any] = []
         self._tasks = [
-            asyncio.create_task(work(self._lane), name=f"{name}-lane-{i}") for i in range(workers)
+            asyncio.create_task(self._work(), name=f"{name}-lane-{i}") for i in range(workers)
         ]
         self.busy = 0
         self._closed = False
-        #: Items that wait for room.
-        self._outside: list[Any] = []
-
-    @property
-    def _full(self) -> bool:
-        return len(self._lane.items) + self._chained >= self._limit
 
     async def submit(self, item: Any) -> None:
         """Queue an item; returns when there was room for it."""
-        lane = self._lane
-        if len(lane.items) + self._chained >= self._limit:
-            await self._room(lane, item)
+        if self._count >= self._limit:
+            await self._wait_for_room(item)
         if self._key is not None:
             key, chains = self._key(item), self._chains
             if key in chains:
@@ -88,88 +71,77 @@ class Lanes:
                     chains[key] = deque((item,))
                 else:
                     chain.append(item)
-                self._chained += 1
+                self._count += 1
                 return
             chains[key] = None
             item = key, item
-        lane.items.append(item)
-        if lane.wake:
-            _release(lane.wake)
+        self._count += 1
+        self._items.append(item)
+        if self._wake:
+            _release(self._wake)
 
-    async def _room(self, lane: _Lane, item: Any) -> None:
+    async def _wait_for_room(self, item: Any) -> None:
         self._outside.append(item)
         try:
-            while self._full:
+            while self._count >= self._limit:
                 future = asyncio.get_running_loop().create_future()
-                lane.room.append(future)
+                self._room.append(future)
                 await future
         finally:
             self._outside.remove(item)
 
-    async def _work_keyed(self, lane: _Lane) -> None:
-        deliver, chains = self._deliver, self._chains
-        while not self._closed:
-            while not lane.items:
-                await self._wait(lane)
-            key, item = lane.items.popleft()
-            if lane.room:
-                _release(lane.room)
-            self.busy += 1
-            try:
-                await deliver(item)
-            finally:
-                self.busy -= 1
-                chain = chains[key]
-                if chain:  # behind what others wait for, so that no key takes a worker for good
-                    lane.items.append((key, chain.popleft()))
-                    self._chained -= 1
-                else:
-                    del chains[key]
-
-    async def _work(self, lane: _Lane) -> None:
-        deliver = self._deliver
+    async def _work(self) -> None:
+        deliver, items, chains, keyed = self._deliver, self._items, self._chains, self._key
         while not self._closed:  # a handler may have swallowed the cancellation
-            while not lane.items:
-                await self._wait(lane)
-            item = lane.items.popleft()
-            if lane.room:
-                _release(lane.room)
+            while not items:
+                await self._wait()
+            item = key = items.popleft()
+            if keyed is not None:
+                key, item = item
+            self._count -= 1
+            if self._room:
+                _release(self._room)
             self.busy += 1
             try:
                 await deliver(item)
             finally:
                 self.busy -= 1
+                if keyed is not None:
+                    chain = chains[key]
+                    if chain:  # behind what others wait for, so that no key takes a worker for good
+                        items.append((key, chain.popleft()))
+                    else:
+                        del chains[key]
 
-    async def _wait(self, lane: _Lane) -> None:
+    async def _wait(self) -> None:
         future = asyncio.get_running_loop().create_future()
-        lane.wake.append(future)
+        self._wake.append(future)
         try:
             await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
-                _release(lane.wake)  # the wake-up was ours: pass it on
+                _release(self._wake)  # the wake-up was ours: pass it on
             raise
 
     def take_back(self) -> list[Any]:
         """Remove and return everything that waits."""
-        lane, chains = self._lane, self._chains
-        items = self._waiting()
+        items, chains = self._waiting(), self._chains
         if self._key is not None:
-            for key, _ in lane.items:
+            for key, _ in self._items:
                 del chains[key]
             for key in chains:
                 chains[key] = None  # one of it runs
-            self._chained = 0
-        lane.items.clear()
-        while lane.room:
-            _release(lane.room)
+        self._items.clear()
+        self._count = 0
+        while self._room:
+            _release(self._room)
         return items
 
     def _waiting(self) -> list[Any]:
         if self._key is None:
-            return list(self._lane.items)
+            return list(self._items)
         behind = (item for chain in self._chains.values() for item in chain or ())
-        return [*(item for _, item in self._lane.items), *behind]
+        return [*(item for _, item in self._items), *behind]
 
     def items(self) -> list[Any]:
         """Everything that waits; it stays where it is."""
@@ -177,8 +149,8 @@ class Lanes:
 
     @property
     def waiting(self) -> int:
-        """Items that no worker has begun."""
-        return len(self._lane.items) + self._chained + len(self._outside)
+        """Messages that no worker has begun."""
+        return self._count + sum(map(_count, self._outside))
 
     @property
     def idle(self) -> bool:
@@ -204,54 +176,47 @@ class Batches(Lanes):
         self, deliver: Sink, workers: int, batch: Batch, *, clock: Clock, name: str = ""
     ) -> None:
         self._batch = batch
-        self._count = 0
         super().__init__(deliver, workers, limit=max(2 * batch.size, 2), clock=clock, name=name)
 
-    @property
-    def _full(self) -> bool:
-        return self._count >= self._limit
-
     async def submit(self, item: Any) -> None:
-        lane = self._lane
         if self._count >= self._limit:
-            await self._room(lane, item)
-        lane.items.append(item)
+            await self._wait_for_room(item)
+        self._items.append(item)
         self._count += _count(item)
-        if lane.wake:
-            _release(lane.wake)
+        if self._wake:
+            _release(self._wake)
 
-    async def _work(self, lane: _Lane) -> None:
-        deliver = self._deliver
+    async def _work(self) -> None:
         while not self._closed:
-            while not lane.items:
-                await self._wait(lane)
-            items = await self._collect(lane)
-            if not items:
+            while not self._items:
+                await self._wait()
+            found = await self._collect()
+            if not found:
                 continue
-            if lane.room:
-                _release(lane.room)
+            if self._room:
+                _release(self._room)
             self.busy += 1
             try:
-                await deliver(items)
+                await self._deliver(found)
             finally:
                 self.busy -= 1
 
-    async def _collect(self, lane: _Lane) -> list[Any]:
+    async def _collect(self) -> list[Any]:
         """Take up to ``size`` messages; wait at most ``wait`` seconds after the first."""
         size = self._batch.size
         if self._count < size:
             full = asyncio.get_running_loop().create_future()
-            timer = self._clock.call_later(self._batch.wait, _set, full)
+            timer = self._clock.call_later(self._batch.wait, wake, full)
             try:
                 while self._count < size and not full.done():
-                    _release(lane.room)
-                    wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                    lane.wake.append(wake)
-                    await asyncio.wait((wake, full), return_when=asyncio.FIRST_COMPLETED)
-                    wake.cancel()
+                    _release(self._room)
+                    more: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                    self._wake.append(more)
+                    await asyncio.wait((more, full), return_when=asyncio.FIRST_COMPLETED)
+                    more.cancel()
             finally:
                 timer.cancel()
-        items, found, room = lane.items, list[Any](), size
+        items, found, room = self._items, list[Any](), size
         while items and room:
             item = items.popleft()
             count = _count(item)
@@ -262,14 +227,6 @@ class Batches(Lanes):
             room -= count
         self._count -= size - room
         return found
-
-    def take_back(self) -> list[Any]:
-        self._count = 0
-        return super().take_back()
-
-    @property
-    def waiting(self) -> int:
-        return self._count + sum(map(_count, self._outside))
 
 
 def _count(item: Any) -> int:

@@ -30,11 +30,11 @@ def silent_logger() -> logging.Logger:
 
 def log_line(logger: LoggerLike, level: str, text: str) -> None:
     """One line; braces and percent signs in it mean nothing, whatever the library."""
-    method: Any = getattr(_loguru(logger) or logger, level)
-    if hasattr(logger, "opt"):
-        method("{}", text)
+    opt: Any = getattr(logger, "opt", None)
+    if opt is not None:  # loguru
+        getattr(opt(), level)("{}", text)
     else:
-        method("%s", text)
+        getattr(logger, level)("%s", text)
 
 
 def log_error(logger: LoggerLike, text: str, error: BaseException) -> None:
@@ -49,10 +49,6 @@ def log_error(logger: LoggerLike, text: str, error: BaseException) -> None:
         opt(exception=error).error("{}", text)
     else:
         logger.error("%s", text, exc_info=error)
-
-
-def _loguru(logger: Any) -> Any:
-    return logger.opt() if hasattr(logger, "opt") else None
 
 
 class Rate:

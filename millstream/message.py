@@ -40,28 +40,15 @@ def current_message() -> Message[Any] | None:
 class Link:
     """What all messages of one subscription share while it runs."""
 
-    __slots__ = (
-        "address",
-        "clock",
-        "decode",
-        "driver",
-        "handler",
-        "intake",
-        "site",
-        "source",
-        "spec",
-    )
+    __slots__ = ("address", "decode", "driver", "handler", "intake", "site")
 
     def __init__(self, driver: Driver, spec: SubscriptionSpec | None, handler: str = "") -> None:
         self.driver = driver
-        self.spec = spec
         self.handler = handler
-        self.clock = driver.clock
         #: Set once the driver subscribed; None for replies and in `get_one` of plain sources.
         self.intake: Intake | None = None
-        self.source = spec.destination if spec is not None else ""
         self.address: Address | None = (
-            driver.syntax.compile(self.source) if spec is not None else None
+            driver.syntax.compile(spec.destination) if spec is not None else None
         )
         self.decode: Callable[[Message[Any]], Any] | None = None
         self.site: Site | None = None

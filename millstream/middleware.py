@@ -7,6 +7,7 @@ Nothing is looked up per message; a middleware that leaves a side alone costs no
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,15 +28,15 @@ class Middleware:
 
     ``consume`` wraps decoding and handler, and its call's return value is what gets
     published; ``publish`` wraps encoding and sending, and sees the command before its body
-    is encoded. Both are called once, at start; ``site`` describes the handler (None where a
-    publication belongs to no handler).
+    is encoded. Both are called once, at start; ``site`` describes the handler, or for a
+    publication its broker.
     """
 
     def consume(self, call_next: Call, site: Site) -> Call:
         """The call that replaces ``call_next``."""
         return call_next
 
-    def publish(self, call_next: Send, site: Site | None) -> Send:
+    def publish(self, call_next: Send, site: Site) -> Send:
         """The send that replaces ``call_next``."""
         return call_next
 
@@ -105,10 +106,10 @@ class _Hooks(Middleware):
 
         return call
 
-    def publish(self, call_next: Send, site: Site | None) -> Send:
+    def publish(self, call_next: Send, site: Site) -> Send:
         if not self.send:
             return call_next
-        factory, context = self.factory, site.context if site is not None else None
+        factory, context = self.factory, site.context
 
         async def send(command: Any) -> Any:
             message = current.get()
@@ -127,12 +128,7 @@ class _Function(Middleware):
         self.function = function
 
     def consume(self, call_next: Call, site: Site) -> Call:
-        function = self.function
-
-        async def call(msg: Message[Any]) -> Any:
-            return await function(call_next, msg)
-
-        return call
+        return functools.partial(self.function, call_next)
 
 
 class ExceptionMiddleware(Middleware):
@@ -185,17 +181,15 @@ class ExceptionMiddleware(Middleware):
             except (HandlerException, StopConsume):
                 raise
             except Exception as error:
-                for kind in type(error).__mro__:
-                    if kind in table:
-                        function, publish = table[kind]
-                        result = await function(msg, error)
-                        return result if publish else None
+                known: list[BaseException] = [error]
                 if isinstance(error, DecodeError) and error.__cause__ is not None:
                     # A validation error is known to users by its library's own class.
-                    for kind in type(error.__cause__).__mro__:
+                    known.append(error.__cause__)
+                for one in known:
+                    for kind in type(one).__mro__:
                         if kind in table:
                             function, publish = table[kind]
-                            result = await function(msg, error.__cause__)
+                            result = await function(msg, one)
                             return result if publish else None
                 raise
 
@@ -241,7 +235,7 @@ def fold_consume(middlewares: Sequence[Any], call: Call, site: Site) -> Call:
     return call
 
 
-def fold_publish(middlewares: Sequence[Any], send: Send, site: Site | None) -> Send:
+def fold_publish(middlewares: Sequence[Any], send: Send, site: Site) -> Send:
     """Wrap a send; the first middleware is the outermost."""
     for item in reversed(middlewares):
         send = as_middleware(item).publish(send, site)

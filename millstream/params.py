@@ -123,12 +123,8 @@ class Depends(Marker):
         cast: bool = True,
         cast_result: bool = False,
     ) -> None:
-        self.dependency, self.use_cache, self.scope, self.thread = (
-            dependency,
-            use_cache,
-            scope,
-            thread,
-        )
+        self.dependency, self.use_cache = dependency, use_cache
+        self.scope, self.thread = scope, thread
         self.cast, self.cast_result = cast, cast_result
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from .codec import Codec
 from .driver import PublicationSpec, PublishCommand
 from .errors import NotConnected
 from .message import Message, current
@@ -55,6 +56,11 @@ class Response:
         # The fields that a broker's own class adds are the options.
         Response.__init__(self, **vars(self))
 
+    def arguments(self) -> dict[str, Any]:
+        """What is said besides the body, as arguments of the broker's ``publish``."""
+        given = {"headers": self.headers, "correlation_id": self.correlation_id}
+        return self.options | {name: value for name, value in given.items() if value is not None}
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.body!r})"
 
@@ -70,6 +76,7 @@ class Publication:
     __slots__ = (
         "broker",
         "chain",
+        "codec",
         "command",
         "defaults",
         "many",
@@ -93,7 +100,8 @@ class Publication:
         }
         #: Whether what is published is a list, each item of which is a message.
         self.many: bool = spec.many
-        codec, middlewares = spec.codec or scope.codec, (*scope.middlewares, *spec.middlewares)
+        self.codec: Codec = spec.codec or scope.codec
+        codec, middlewares = self.codec, (*scope.middlewares, *spec.middlewares)
         self.send: Send = sender(broker, codec, middlewares)
         self.request: Send = requester(broker, codec, middlewares)
         if broker.probe is not None:
@@ -127,26 +135,20 @@ class Publication:
 
     async def result(self, message: Message[Any], result: Any) -> None:
         """Publish what a handler returned."""
-        if self.many:
-            overrides = ensure_response(result).options
-            if isinstance(result, Response):
-                overrides = {**overrides, "correlation_id": result.correlation_id}
-                if result.headers is not None:
-                    overrides["headers"] = result.headers
-                result = result.body
-            await self.all(result, overrides)
-            return
+        overrides = None
         if isinstance(result, Response):
-            overrides = dict(result.options)
-            if result.headers is not None:
-                overrides["headers"] = result.headers
-            command = self.make(result.body, overrides)
-            command.correlation_id = result.correlation_id or message.known_correlation_id
+            result, overrides = result.body, result.arguments()
+        if self.many:
+            await self.all(result, overrides or {})
+            return
+        if overrides:
+            command = self.make(result, overrides)
         else:
             command = self.command(message=result, **self.defaults)
-            command.correlation_id = message.known_correlation_id
             if command.headers:
                 command.headers = dict(command.headers)
+        if command.correlation_id is None:
+            command.correlation_id = message.known_correlation_id
         await self.send(command)
 
 
@@ -162,7 +164,7 @@ class Publisher(Spied):
         """Publish what ``handler`` returns."""
         from .subscriber import as_handler
 
-        wrapped = as_handler(handler, depth=2)
+        wrapped = as_handler(handler)
         wrapped.publishers.append(self)
         return wrapped
 
@@ -201,7 +203,8 @@ class Publisher(Spied):
         publication = self.publication()
         command = publication.make(message, overrides)
         correlate(command)
-        return await answer(publication.broker, publication.request, command, response_model)
+        codec, ask = publication.codec, publication.request
+        return await answer(publication.broker, codec, ask, command, response_model)
 
     def __repr__(self) -> str:
         return f"<Publisher {self.spec.destination!r}>"

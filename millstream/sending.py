@@ -7,11 +7,14 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import killpoints
-from .codec import Codec, as_decode_error, decode_any
+from .body import any_reader
+from .codec import Codec, as_decode_error
 from .driver import PublishCommand
 from .errors import RemoteError
+from .letters import many_lines
 from .message import Link, Message
 from .middleware import Send, fold_publish
+from .plan import Site
 
 if TYPE_CHECKING:
     from .broker import Broker
@@ -60,7 +63,16 @@ def _way(
             command.timeout = timeout
         return await deliver(command, data, headers)
 
-    return fold_publish((*middlewares, *broker.test_middlewares), send, None)
+    site = Site(
+        name="publication",
+        where="",
+        codec=codec,
+        context=broker.context,
+        logger=broker.logger,
+        broker=broker,
+        app=broker.app,
+    )
+    return fold_publish((*middlewares, *broker.test_middlewares), send, site)
 
 
 async def send_all(send: Send, commands: Sequence[PublishCommand]) -> list[Any]:
@@ -84,9 +96,9 @@ async def send_all(send: Send, commands: Sequence[PublishCommand]) -> list[Any]:
 
 
 async def answer(
-    broker: Broker, ask: Send, command: PublishCommand, response_model: Any = None
+    broker: Broker, codec: Codec, ask: Send, command: PublishCommand, response_model: Any = None
 ) -> Any:
-    """Send a request; a Message, or its body as ``response_model``.
+    """Send a request; a Message that ``codec`` reads, or its body as ``response_model``.
 
     Raises:
         RequestTimeout: no answer in time.
@@ -95,27 +107,15 @@ async def answer(
         DecodeError: the answer is not a ``response_model``.
     """
     raw = await ask(command)
-    link, codec = Link(broker.driver, None), broker.default_codec
-    link.decode = body_reader(codec)
+    link = Link(broker.driver, None)
+    link.decode = any_reader(codec, "the body")
     message: Message[Any] = broker.driver.reply_envelope()(raw, link)
     kind = message.headers.get("ms-error-type")
     if kind is not None:
-        raise RemoteError(kind, message.headers.get("ms-error", ""))
+        raise RemoteError(kind, many_lines(message.headers.get("ms-error", "")))
     if response_model is None:
         return message
     try:
         return codec.decoder(response_model)(message.body)
     except Exception as error:
         raise as_decode_error(error, "the answer") from error
-
-
-def body_reader(codec: Codec) -> Callable[[Message[Any]], Any]:
-    """Decodes a message by its content type."""
-
-    def read(message: Message[Any]) -> Any:
-        try:
-            return decode_any(codec, message.body, message.content_type)
-        except Exception as error:
-            raise as_decode_error(error, "the body") from error
-
-    return read

@@ -7,10 +7,11 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 from .errors import SignatureError
-from .params import MISSING, Param
+from .params import MISSING, Marker, Param
 
 
 def unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,8 +98,20 @@ def hints_of(
         return {}  # a builtin, or another callable without annotations
 
 
-def early_hints(function: Callable[..., Any], depth: int) -> dict[str, Any] | None:
-    """Annotations resolved with the names of the function that is being run at ``depth``.
+def user_frame() -> FrameType:
+    """The frame of the user's line that is being run: the first one outside this package."""
+    frame = sys._getframe(1)
+    package = __name__.partition(".")[0]
+    while (
+        frame.f_back is not None
+        and frame.f_globals.get("__name__", "").partition(".")[0] == package
+    ):
+        frame = frame.f_back
+    return frame
+
+
+def early_hints(function: Callable[..., Any]) -> dict[str, Any] | None:
+    """Annotations resolved with the names of the function in which the user declares a handler.
 
     Only needed for annotations kept as text whose names are local to a function; None if
     they cannot be resolved yet.
@@ -107,7 +120,7 @@ def early_hints(function: Callable[..., Any], depth: int) -> dict[str, Any] | No
     if not any(isinstance(a, str) for a in annotations.values()):
         return None
     try:
-        return hints_of(function, sys._getframe(depth).f_locals)
+        return hints_of(function, user_frame().f_locals)
     except SignatureError:
         return None
 
@@ -150,15 +163,10 @@ def read_params(
 
 def looks_like_marker(value: Any) -> bool:
     """Whether a default is a marker: ours, or a web framework's, told by its shape."""
-    from .params import Marker
-
-    return isinstance(value, Marker) or is_dependency(value) or _is_foreign(value)
+    foreign = type(value).__module__.partition(".")[0] == "fastapi"
+    return isinstance(value, Marker) or is_dependency(value) or foreign
 
 
 def is_dependency(value: Any) -> bool:
     """Whether a marker is a dependency of any framework: told by its shape."""
     return hasattr(value, "dependency") and hasattr(value, "use_cache")
-
-
-def _is_foreign(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] == "fastapi"

@@ -28,10 +28,10 @@ R = TypeVar("R")
 class Handler(Spied, Generic[P, R]):
     """A user's function, unchanged to call, that subscribers and publishers refer to."""
 
-    def __init__(self, function: Callable[P, R], depth: int) -> None:
+    def __init__(self, function: Callable[P, R]) -> None:
         self.function = function
         self.where = where_is(function)
-        self.hints = early_hints(function, depth + 1)
+        self.hints = early_hints(function)
         self.publishers: list[Publisher] = []
         functools.update_wrapper(self, function)
         self.name = name_of(function)
@@ -49,7 +49,7 @@ class Handler(Spied, Generic[P, R]):
         return f"<Handler {self.name} ({self.where})>"
 
 
-def as_handler(function: Callable[P, R], depth: int) -> Handler[P, R]:
+def as_handler(function: Callable[P, R]) -> Handler[P, R]:
     """A function as a :class:`Handler`, or the one it already is."""
     if isinstance(function, Handler):
         return function
@@ -59,7 +59,7 @@ def as_handler(function: Callable[P, R], depth: int) -> Handler[P, R]:
         )
     if inspect.isclass(function):
         raise SetupError(f"{function.__name__} is a class, not a function", code="MS125")
-    return Handler(function, depth + 1)
+    return Handler(function)
 
 
 class Entry:
@@ -128,15 +128,11 @@ class Subscriber:
         """
 
         def register(function: Callable[..., Any]) -> Handler[..., Any]:
-            handler = as_handler(function, depth=2)
+            handler = as_handler(function)
             self.entries.append(Entry(handler, filter, parser, decoder, dependencies))
             return handler
 
-        if function is None:
-            return register
-        handler = as_handler(function, depth=2)
-        self.entries.append(Entry(handler, filter, parser, decoder, dependencies))
-        return handler
+        return register if function is None else register(function)
 
     async def start(self) -> None:
         """Start a subscription of a running broker that is declared late, or stopped.

@@ -147,6 +147,9 @@ class Subscription:
     def _check(self) -> None:
         if self.spec.lanes < 1:
             raise SetupError(f"concurrency={self.spec.lanes}", code="MS127", fix="1 or more")
+        limit = self.spec.handler_timeout
+        if limit is not None and limit <= 0:
+            raise SetupError(f"handler_timeout={limit}", code="MS143", fix="in seconds, above 0")
         if self.spec.ordered_by is not None and self.spec.batch is not None:
             raise SetupError("ordered_by and batch exclude each other", code="MS128")
         self.failing.check()
@@ -243,23 +246,33 @@ class Subscription:
         if by is None:
             return None
         envelope, link = self.spec.envelope, self.link
+        find: Callable[[Message[Any]], Any]
         if callable(by):
-            return lambda raw: by(envelope(raw, link))
-        if by.startswith("header:"):
+            find = by
+        elif by.startswith("header:"):
             header = by.removeprefix("header:")
             return lambda raw: envelope(raw, link).headers.get(header)
-        if link.address is not None and by in link.address.places:
+        elif link.address is not None and by in link.address.places:
             return lambda raw: envelope(raw, link).path[by]
-        codec = self.spec.codec or self.scope.codec
-        read = codec.decoder(msgspec.defstruct("Key", [(by, Any, None)]))
-        field = operator.attrgetter(by)
+        else:
+            codec = self.spec.codec or self.scope.codec
+            read = codec.decoder(msgspec.defstruct("Key", [(by, Any, None)]))
+            field = operator.attrgetter(by)
+            find = lambda message: field(read(message.body))  # noqa: E731
 
         def key(raw: Any) -> Hashable:
+            message = envelope(raw, link)
             try:
-                value = field(read(envelope(raw, link).body))
-            except Exception:  # a poison body: any lane may find out
+                value = find(message)
+            except Exception as error:  # a poison body, perhaps: the handler finds out
+                if callable(by):
+                    self.failing.log(message, error, "ordered_by failed, so it has no order")
                 return None
-            return value if isinstance(value, Hashable) else repr(value)
+            try:
+                hash(value)
+            except TypeError:
+                return repr(value)
+            return value
 
         return key
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 AnyCallable = Callable[..., Any]
 AsyncFunc = Callable[..., Awaitable[Any]]
@@ -13,7 +13,6 @@ DecodedMessage = Any
 SendableMessage = Any
 #: What ``Millstream(lifespan=...)`` takes.
 Lifespan = Callable[..., AbstractAsyncContextManager[None]]
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class LoggerLike(Protocol):

@@ -18,27 +18,23 @@ Convert = Callable[[Any], Any]
 
 
 def guarded(get: Getter, default: Any, convert: Convert | None) -> Getter:
-    """A getter with a default and a conversion, each only if asked for."""
+    """A getter with a default and a conversion (which a default needs not), if asked for."""
+    if default is MISSING and convert is None:
+        return get
 
-    def or_default(message: Any, values: list[Any]) -> Any:
+    def guarding(message: Any, values: list[Any]) -> Any:
         try:
-            return get(message, values)
+            value = get(message, values)
         except ContextError:
+            if default is MISSING:
+                raise
             return default
-
-    plain = get if default is MISSING else or_default
-    if convert is None:
-        return plain
-    change = convert
-
-    def converted(message: Any, values: list[Any]) -> Any:
-        value = plain(message, values)
         try:
-            return change(value)
+            return value if convert is None else convert(value)
         except Exception as error:
             raise as_decode_error(error, "a context value") from error
 
-    return converted
+    return guarding
 
 
 def of_message(rest: list[str], path: str, default: Any, convert: Convert | None) -> Getter:

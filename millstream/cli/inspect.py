@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__
-from ..ack import UNSETTLED
+from ..ack import UNSETTLED, AckPolicy
 from ..broker import Broker
 from ..errors import RemoteError, SetupError, SetupErrors
 from ..message import Message
@@ -118,7 +118,7 @@ def _describe(subscription: Subscription) -> dict[str, Any]:
         "policy": policy,
         "attempts": failing.retry.attempts if failing.retries else 1,
         "concurrency": spec.lanes,
-        "guarantee": spec.guarantee,
+        "guarantee": "at-most-once" if failing.policy is AckPolicy.ACK_FIRST else spec.guarantee,
         "dead_letter": None if letter is None else letter.destination or f"{spec.destination}.dlq",
         "publishes_to": [p.publication(chain).spec.destination for p in publishers],
     }

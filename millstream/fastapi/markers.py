@@ -18,7 +18,7 @@ from starlette.requests import HTTPConnection
 from ..broker import Broker
 from ..codec import as_decode_error, converter
 from ..context import ContextRepo, follow
-from ..errors import ContextError, SetupError, SetupErrors
+from ..errors import ContextError, SetupError, raise_all
 from ..message import Message
 from ..params import MISSING, Context, Depends, Header, Param, Path
 from ..signature import name_of, read_params, where_is
@@ -258,8 +258,7 @@ def check_endpoints(app: Any) -> None:
     for route in flat(getattr(app, "routes", ())):
         what = f"the HTTP endpoint {getattr(route, 'path', '')!r}"
         errors += settle_markers(route, what, with_message=False)
-    if errors:
-        raise errors[0] if len(errors) == 1 else SetupErrors(errors)
+    raise_all(errors)
 
 
 def settle_markers(route: Any, what: str, *, with_message: bool) -> list[SetupError]:

@@ -239,8 +239,10 @@ def signature(parameters: Sequence[tuple[str, Any, Any]]) -> inspect.Signature:
 
 def _written_default(param: Param) -> Any:
     """The default as it stands in the signature, also a marker of FastAPI."""
-    if param.default is not MISSING or marker_of(param) is not None:
-        return MISSING if marker_of(param) is not None else param.default
+    if marker_of(param) is not None:
+        return MISSING
+    if param.default is not MISSING:
+        return param.default
     extras = get_args(param.declared)[1:] if get_origin(param.declared) is Annotated else ()
     return param.markers[-1] if len(param.markers) > len(extras) else MISSING
 

@@ -276,15 +276,14 @@ def attach(app: Any, *brokers: Broker, **options: Unpack[PartOptions]) -> Stream
         if not isinstance(broker, Broker):
             raise SetupError(f"attach(): {broker!r} is not a broker", code="MS132")
     streams = Streams.of(app)
-    new = [broker for broker in brokers if broker not in streams.brokers]
-    parts = [Part(functools.partial(_itself, broker), **options) for broker in new]
+
+    def part(broker: Broker) -> Part:
+        return Part(lambda: broker, **options)
+
+    parts = [part(broker) for broker in brokers if broker not in streams.brokers]
     streams.add(parts)
     router.lifespan_context = Lifespan.around(router.lifespan_context, parts)
     return streams
-
-
-def _itself(broker: Broker) -> Broker:
-    return broker
 
 
 _include = APIRouter.include_router

@@ -8,6 +8,7 @@ once); another gives each message away once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,14 +18,16 @@ import msgspec
 
 from ..ack import Settlement
 from ..address import Address
-from ..clock import Clock, Timer
-from ..driver import CANCELLED, Sink, SubscriptionSpec
+from ..base import Feed
+from ..clock import Clock, Timer, wake
+from ..driver import Sink, SubscriptionSpec
 from ..errors import PublishTimeout, SetupError
 from ..letters import REPLAY_TO
 
 if TYPE_CHECKING:
     from .driver import MemoryDriver
 
+_log = logging.getLogger("millstream.memory")
 #: Messages that one subscription handles before others get their turn.
 _SHARE = 8
 
@@ -155,14 +158,14 @@ class Store:
     def dispatch(self) -> None:
         """Hand messages to the members with room, the least loaded first, in turn."""
         while self.ready:
-            open_ = [m for m in self.members if len(m.fetched) < m.prefetch]
+            open_ = [m for m in self.members if len(m.waiting) < m.prefetch]
             if not open_:
                 return
             entry = self.ready.popleft()
             if entry.done:
                 continue
             self.unsettled.add(entry)
-            _least(open_, self.members).take(entry)
+            _least(open_, self.members).put(entry)
 
     def finish(self, entry: Entry) -> None:
         entry.done = True
@@ -306,7 +309,7 @@ class MemoryBus:
                 )
             room = asyncio.get_running_loop().create_future()
             self.waiting.append(room)
-            timer = clock.call_later(left, _wake, room)
+            timer = clock.call_later(left, wake, room)
             try:
                 await room
             finally:
@@ -314,14 +317,14 @@ class MemoryBus:
 
     def _full(self, store: Store) -> bool:
         return not store.source.stored and any(
-            len(member.fetched) >= self.backlog for member in store.members
+            len(member.waiting) >= self.backlog for member in store.members
         )
 
     def make_room(self) -> None:
         """Let the waiting publishers look again."""
         waiting, self.waiting = self.waiting, []
         for future in waiting:
-            _wake(future)
+            wake(future)
 
 
 def matches(addresses: Iterable[Address], destination: str) -> bool:
@@ -329,13 +332,8 @@ def matches(addresses: Iterable[Address], destination: str) -> bool:
     return any(address.matches(destination) for address in addresses)
 
 
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-class MemoryIntake:
-    """One subscription: a task that hands what was fetched to the sink, one after another."""
+class MemoryIntake(Feed):
+    """One subscription: what was fetched waits, and goes to the sink one after another."""
 
     def __init__(
         self,
@@ -344,53 +342,38 @@ class MemoryIntake:
         sink: Sink,
         lost: Callable[[Exception], None],
     ) -> None:
-        self.driver, self.spec, self.sink, self.lost = driver, spec, sink, lost
+        self.driver, self.spec, self.lost = driver, spec, lost
         self.bus = driver.bus
         self.source = driver.source(spec)
         self.prefetch = spec.prefetch if self.source.stored else math.inf
-        self.fetched: deque[Entry] = deque()
         #: What the sink has at the moment.
-        self.given: Entry | None = None
+        self.at_hand: Entry | None = None
         #: What was given and may not be settled, where there is no deadline.
         self._held: set[Entry] = set()
-        self.paused = False
-        #: Resolved to wake the task up.
-        self._idle: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.store = self.bus.store(self.source, driver.compile(self.source))
+        super().__init__(spec.destination, sink, _log)
         self.store.members.append(self)
-        self.task = asyncio.get_running_loop().create_task(self._run())
         self.store.dispatch()
 
     @property
     def load(self) -> int:
         """Messages that this member has not finished taking."""
-        return len(self.fetched) + (self.given is not None)
+        return len(self.waiting) + (self.at_hand is not None)
 
-    def take(self, entry: Entry) -> None:
-        self.fetched.append(entry)
-        _wake(self._idle)
+    @property
+    def over(self) -> bool:
+        """Whether the sink has nothing of it any more, nor will get anything."""
+        return self._task.done()
 
-    async def _run(self) -> None:
-        try:
-            count = 0
-            while not (self.paused and not self.fetched):
-                if self.fetched:
-                    await self._give(self.fetched.popleft())
-                    count += 1
-                    if count % _SHARE == 0:  # handlers that never wait must not stop all else
-                        await asyncio.sleep(0)
-                else:
-                    self._idle = asyncio.get_running_loop().create_future()
-                    await self._idle
-        except Exception as error:
-            self._leave()
-            self.lost(error)
+    def ended(self) -> bool:
+        return not self.waiting
 
-    async def _give(self, entry: Entry) -> None:
+    async def give(self, raw: Any) -> None:
+        entry: Entry = raw
         if entry.done:  # acknowledged after its deadline
             self.store.dispatch()
             return
-        self.given = entry
+        self.at_hand = entry
         self.store.dispatch()
         self.bus.make_room()
         delivery = entry.current = Delivery(entry)
@@ -398,8 +381,14 @@ class MemoryIntake:
         self._watch(delivery)
         try:
             await self.sink(self.driver.raw(delivery, self.source))
+        except Exception as error:
+            self._leave()
+            self.lost(error)
         finally:
-            self.given = None
+            self.at_hand = None
+        self.given += 1
+        if self.given % _SHARE == 0:  # handlers that never wait must not stop all else
+            await asyncio.sleep(0)
 
     def _watch(self, delivery: Delivery) -> None:
         """Begin the time in which a message has to be settled."""
@@ -419,11 +408,11 @@ class MemoryIntake:
         if self.store in self.bus.own:
             self.bus.own.remove(self.store)
         self.bus.make_room()
-        _wake(self._idle)
+        self.wake()
 
     def _give_back(self) -> int:
-        back = list(self.fetched)
-        self.fetched.clear()
+        back = list(self.waiting)
+        self.waiting.clear()
         self.store.unsettled.difference_update(back)
         self.store.put_back(back)
         return len(back)
@@ -432,16 +421,13 @@ class MemoryIntake:
         self._leave()
         if self.source.ack_wait is not None:
             return self._give_back()
-        if asyncio.current_task() is not self.task:
-            await asyncio.wait([self.task])
+        await self.finish()
         return 0
 
     async def close(self) -> None:
         self._leave()
         self._give_back()
-        if asyncio.current_task() is not self.task:
-            self.task.cancel()
-            await asyncio.wait([self.task], timeout=CANCELLED)
+        await self.cut_off()
         for entry in self._held:
             if entry.current is not None and not entry.done:
                 self.store.again(entry, 0.0, self.driver.clock)
@@ -469,4 +455,4 @@ class MemoryIntake:
         return bool(before)
 
     async def lag(self) -> int | None:
-        return len(self.fetched) + len(self.store.ready)
+        return len(self.waiting) + len(self.store.ready)

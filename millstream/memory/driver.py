@@ -124,7 +124,7 @@ class MemoryDriver:
 
     def letters_at(self, spec: Any, name: str | None) -> str:
         """The address of a subscription's dead letters."""
-        return name or f"{_literal(spec.destination, self.syntax)}.dlq"
+        return name or f"{self.syntax.literal(spec.destination)}.dlq"
 
     async def keep_letters(self, address: str) -> None:
         """Keep what is sent to an address from now on."""
@@ -177,7 +177,7 @@ class MemoryDriver:
     ) -> MemoryIntake:
         self._check_connected()
         intake = MemoryIntake(self, spec, sink, lost)
-        self._intakes = [i for i in self._intakes if not i.task.done()]
+        self._intakes = [i for i in self._intakes if not i.over]
         self._intakes.append(intake)
         return intake
 
@@ -275,10 +275,3 @@ class MemoryDriver:
 def _expire(future: asyncio.Future[Any], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
-
-
-def _literal(template: str, syntax: AddressSyntax) -> str:
-    """An address that messages can be sent to, made from a pattern."""
-    words = {syntax.one: "any", syntax.rest: "all"}
-    segments = template.split(syntax.separator)
-    return syntax.separator.join(words.get(s, s.strip("{}")) for s in segments)

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-import msgspec
-
 from ..driver import Capability, PublicationSpec, PublishCommand, SubscriptionSpec
 from ..errors import SetupError
 from ..message import Message
@@ -79,15 +77,9 @@ class MemorySubscription(MemorySubscriptionOptions, frozen=True):
         queue: subscriptions with the same queue share the messages.
     """
 
+    address_field: ClassVar[str] = "subject"
     subject: str
     queue: str = ""
-
-    def prefixed(self, prefix: str) -> MemorySubscription:
-        return msgspec.structs.replace(self, subject=prefix + self.subject)
-
-    @property
-    def destination(self) -> str:
-        return self.subject
 
     @property
     def envelope(self) -> type[MemoryMessage]:
@@ -122,14 +114,8 @@ class MemoryPublication(PublicationSpec, frozen=True):
         subject: where the messages go.
     """
 
+    address_field: ClassVar[str] = "subject"
     subject: str
-
-    def prefixed(self, prefix: str) -> MemoryPublication:
-        return msgspec.structs.replace(self, subject=prefix + self.subject)
-
-    @property
-    def destination(self) -> str:
-        return self.subject
 
 
 class MemoryPublish(PublishCommand):
@@ -140,16 +126,9 @@ class MemoryPublish(PublishCommand):
         subject: where it goes.
     """
 
+    address_field: ClassVar[str] = "subject"
     message: Any = None
     subject: str = ""
-
-    @property
-    def destination(self) -> str:
-        return self.subject
-
-    @destination.setter
-    def destination(self, value: str) -> None:
-        self.subject = value
 
 
 class MemoryRequest(MemoryPublish, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from nats.aio.client import Client
 from nats.js import JetStreamContext
@@ -13,10 +13,20 @@ from nats.js.kv import KeyValue
 from nats.js.object_store import ObjectStore
 
 from ..broker import Broker, BrokerOptions, split_options
-from ..endpoints import Endpoints, Route, RoutePublisher, Router, asks, declares, produces, sends
+from ..endpoints import (
+    Endpoints,
+    Route,
+    RoutePublisher,
+    Router,
+    asks,
+    declares,
+    known_options,
+    produces,
+    sends,
+)
+from ..security import BaseSecurity
 from .driver import NatsDriver
 from .options import NatsPublication, NatsPublish, NatsRequest, NatsSubscription
-from .security import NatsSecurity
 
 _Callback = Callable[[], Awaitable[None]]
 
@@ -46,7 +56,7 @@ class NatsConnect(BrokerOptions, total=False):
             nkeys_seed, nkeys_seed_str: as nats-py takes them; ``security`` is clearer.
     """
 
-    security: NatsSecurity | None
+    security: BaseSecurity | None
     name: str | None
     error_cb: Callable[[Exception], Awaitable[None]] | None
     disconnected_cb: _Callback | None
@@ -82,6 +92,42 @@ class NatsConnect(BrokerOptions, total=False):
     user_credentials: Any
     nkeys_seed: str | None
     nkeys_seed_str: str | None
+
+
+class BucketSettings(TypedDict, total=False):
+    """Settings of a new bucket or object store.
+
+    Keys:
+        description: for people.
+        ttl: seconds after which a value vanishes.
+        max_bytes: bytes of the whole bucket.
+        storage: file or memory.
+        replicas: servers that keep it; 1.
+        placement: which servers of a cluster.
+    """
+
+    description: str | None
+    ttl: float | None
+    max_bytes: int | None
+    storage: StorageType | None
+    replicas: int
+    placement: Placement | None
+
+
+class KeyValueSettings(BucketSettings, total=False):
+    """Settings of a new key-value bucket: those of all, and its own.
+
+    Keys:
+        max_value_size: bytes of the largest value.
+        history: revisions kept of each key, 64 at most; 1.
+        republish: publish each change to a subject as well.
+        direct: read from any replica.
+    """
+
+    max_value_size: int | None
+    history: int
+    republish: RePublish | None
+    direct: bool | None
 
 
 class NatsEndpoints(Endpoints):
@@ -145,81 +191,30 @@ class NatsBroker(NatsEndpoints, Broker):
         return self.driver.client.new_inbox()
 
     async def key_value(
-        self,
-        bucket: str,
-        *,
-        description: str | None = None,
-        max_value_size: int | None = None,
-        history: int = 1,
-        ttl: float | None = None,
-        max_bytes: int | None = None,
-        storage: StorageType | None = None,
-        replicas: int = 1,
-        placement: Placement | None = None,
-        republish: RePublish | None = None,
-        direct: bool | None = None,
-        declare: bool = True,
+        self, bucket: str, *, declare: bool = True, **settings: Unpack[KeyValueSettings]
     ) -> KeyValue:
-        """Open a key-value bucket; one that does not exist is created with these settings.
+        """Open a key-value bucket; one that does not exist is created.
 
         Args:
             bucket: its name.
-            description: for people.
-            max_value_size: bytes of the largest value.
-            history: revisions kept of each key, 64 at most.
-            ttl: seconds after which a value vanishes.
-            max_bytes: bytes of the whole bucket.
-            storage: file or memory.
-            replicas: servers that keep it.
-            placement: which servers of a cluster.
-            republish: publish each change to a subject as well.
-            direct: read from any replica.
             declare: False if the bucket must exist.
+            settings: of a new bucket.
 
         Raises:
             SetupError: it does not exist with ``declare=False``, or the server refuses it.
         """
-        return await self.driver.stores.key_value(
-            bucket,
-            declare=declare,
-            description=description,
-            max_value_size=max_value_size,
-            history=history,
-            ttl=ttl,
-            max_bytes=max_bytes,
-            storage=storage,
-            replicas=replicas,
-            placement=placement,
-            republish=republish,
-            direct=direct,
-        )
+        known_options(settings, KeyValueSettings, "a key-value bucket")
+        return await self.driver.stores.key_value(bucket, declare=declare, **settings)
 
     async def object_storage(
-        self,
-        bucket: str,
-        *,
-        description: str | None = None,
-        ttl: float | None = None,
-        max_bytes: int | None = None,
-        storage: StorageType | None = None,
-        replicas: int = 1,
-        placement: Placement | None = None,
-        declare: bool = True,
+        self, bucket: str, *, declare: bool = True, **settings: Unpack[BucketSettings]
     ) -> ObjectStore:
-        """Open an object store; one that does not exist is created with these settings.
+        """Open an object store; one that does not exist is created.
 
         The arguments are those of :meth:`key_value`.
 
         Raises:
             SetupError: it does not exist with ``declare=False``, or the server refuses it.
         """
-        return await self.driver.stores.object_storage(
-            bucket,
-            declare=declare,
-            description=description,
-            ttl=ttl,
-            max_bytes=max_bytes,
-            storage=storage,
-            replicas=replicas,
-            placement=placement,
-        )
+        known_options(settings, BucketSettings, "an object store")
+        return await self.driver.stores.object_storage(bucket, declare=declare, **settings)

@@ -14,8 +14,8 @@ from nats.errors import Error as NatsError
 
 from ..base import reconnect_delay
 from ..errors import ConnectError, MissingExtra, SetupError
-from ..security import tls_fault, without_secrets
-from .security import NatsSecurity, guarded
+from ..security import BaseSecurity, tls_fault, without_secrets
+from .security import guarded, of_nats
 
 #: Options of nats-py that name a secret or a way to get one, in place of ``security=``.
 _SECRETS = ("user", "password", "token", "signature_cb", "user_jwt_cb")
@@ -51,11 +51,11 @@ def addresses(servers: str | Sequence[str]) -> list[str]:
     return urls
 
 
-def client_options(security: NatsSecurity | None, options: dict[str, Any]) -> dict[str, Any]:
+def client_options(security: BaseSecurity | None, options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of nats-py's ``connect``.
 
     Raises:
-        SetupError: there is no such option.
+        SetupError: there is no such option, or NATS has no such login.
     """
     unknown = sorted(options.keys() - inspect.signature(Client.connect).parameters.keys())
     if unknown:
@@ -68,7 +68,8 @@ def client_options(security: NatsSecurity | None, options: dict[str, Any]) -> di
         if key in chosen:
             chosen[key] = guarded(chosen[key])
     if security is not None:
-        chosen |= {key: value for key, value in security.options().items() if value is not None}
+        told = of_nats(security).options()
+        chosen |= {key: value for key, value in told.items() if value is not None}
     chosen.setdefault("max_reconnect_attempts", -1)
     chosen.setdefault("ping_interval", 20)
     wait = chosen.setdefault("reconnect_time_wait", 2)

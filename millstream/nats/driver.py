@@ -27,7 +27,7 @@ from ..errors import (
     SetupError,
 )
 from ..message import Message
-from ..security import without_secrets
+from ..security import BaseSecurity, without_secrets
 from .connection import (
     addresses,
     client_options,
@@ -42,7 +42,6 @@ from .options import SYNTAX, NatsPublish, NatsSubscription
 from .outbox import API_TIMEOUT, Outbox
 from .pull import PullFlow
 from .push import PushFlow
-from .security import NatsSecurity
 from .stores import Stores
 from .streams import Streams
 
@@ -75,7 +74,7 @@ class NatsDriver(BaseDriver):
         self,
         servers: str | Sequence[str] = "nats://localhost:4222",
         *,
-        security: NatsSecurity | None = None,
+        security: BaseSecurity | None = None,
         publish_timeout: float = 5.0,
         clock: Clock | None = None,
         js_options: dict[str, Any] | None = None,
@@ -193,7 +192,7 @@ class NatsDriver(BaseDriver):
         self.reason = reason_of(error)
         if self.connected and not isinstance(error, OSError):
             self._denied(self.reason)
-            self.report(self.reason)
+            self.notify("error", self.reason)
         await self._call("error_cb", error)
 
     def _denied(self, reason: str) -> None:
@@ -275,10 +274,6 @@ class NatsDriver(BaseDriver):
         callback = self._callbacks[name]
         if callback is not None:
             await callback(*args)
-
-    def report(self, reason: str) -> None:
-        """Tell the application of an error that ends nothing."""
-        self.notify("error", reason)
 
     # Declarations and subscriptions
 

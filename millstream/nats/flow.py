@@ -133,7 +133,7 @@ class CoreFlow(Flow):
         size = len(msg.data)
         if len(self.waiting) >= self._most or self._bytes + size > self._most_bytes:
             if not self._dropped:
-                self.driver.report(f"{self.where!r} is too slow: messages are dropped")
+                self.driver.notify("error", f"{self.where!r} is too slow: messages are dropped")
             self._dropped += 1
             return
         self._bytes += size
@@ -142,7 +142,7 @@ class CoreFlow(Flow):
     async def _counted(self, raw: Msg) -> None:
         self._bytes -= len(raw.data)
         if self._dropped and len(self.waiting) < self._most // 2:
-            self.driver.report(f"{self.where!r} caught up; dropped {self._dropped}")
+            self.driver.notify("error", f"{self.where!r} caught up; dropped {self._dropped}")
             self._dropped = 0
         await self._deliver(raw)
 

@@ -66,7 +66,8 @@ class StreamFlow(Flow):
         reply = raw.reply
         if how is Settlement.ACK:
             if options and options.get("sync"):
-                await self.driver.outbox.ask(reply, ACK, options.get("timeout"))
+                timeout = options.get("timeout") or self.driver.publish_timeout
+                await self.driver.outbox.ask(reply, ACK, None, timeout)
             else:
                 await self.driver.outbox.acknowledge(reply)
         elif how is Settlement.NACK:

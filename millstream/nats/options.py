@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, StreamConfig
@@ -377,16 +377,10 @@ class NatsPublication(PublicationSpec, frozen=True):
         timeout: seconds to wait for a lost connection and for the confirmation.
     """
 
+    address_field: ClassVar[str] = "subject"
     subject: str
-    stream: str | JStream | None = msgspec.field(default=None)
+    stream: str | JStream | None = None
     timeout: float | None = None
-
-    def prefixed(self, prefix: str) -> NatsPublication:
-        return msgspec.structs.replace(self, subject=prefix + self.subject)
-
-    @property
-    def destination(self) -> str:
-        return self.subject
 
     def check(self) -> None:
         _check_subject(self.subject)
@@ -417,16 +411,9 @@ class NatsPublish(NatsPublishOptions):
         subject: where it goes.
     """
 
+    address_field: ClassVar[str] = "subject"
     message: Any = None
     subject: str = ""
-
-    @property
-    def destination(self) -> str:
-        return self.subject
-
-    @destination.setter
-    def destination(self, value: str) -> None:
-        self.subject = value
 
     @property
     def stored(self) -> bool:

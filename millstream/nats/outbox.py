@@ -152,7 +152,7 @@ class Outbox:
         while True:
             try:
                 left = max(end - now(), 0.01)
-                reply = await self._ask(subject, data, headers, min(patience, left))
+                reply = await self.ask(subject, data, headers, min(patience, left))
                 break
             except RequestTimeout:
                 if now() + 0.01 < end:
@@ -183,7 +183,7 @@ class Outbox:
             timeout = await self._ready(timeout, len(data))
         wire = command.wire_headers(headers)
         self._check_size(self.driver.client, command.subject, data, wire)
-        return await self._ask(command.subject, data, wire, timeout)
+        return await self.ask(command.subject, data, wire, timeout)
 
     async def send(self, subject: str, data: bytes, reply: str = "") -> None:
         """Publish without any ado: acknowledgements and requests for messages."""
@@ -209,13 +209,10 @@ class Outbox:
         except BROKEN as error:
             raise self.refused(reply, error) from error
 
-    async def ask(self, subject: str, data: bytes, timeout: float | None = None) -> Msg:
-        """Publish and wait for the answer, up to ``publish_timeout`` by default."""
-        return await self._ask(subject, data, None, timeout or self.driver.publish_timeout)
-
-    async def _ask(
+    async def ask(
         self, subject: str, data: bytes, headers: dict[str, str] | None, timeout: float
     ) -> Msg:
+        """Publish and wait ``timeout`` seconds for the answer."""
         if self.replies is None:
             self.driver.client  # noqa: B018 - says that there is no connection
         assert self.replies is not None
@@ -253,7 +250,7 @@ class Outbox:
         data = msgspec.json.encode(request) if request is not None else b""
         await self._ready(self._api_timeout)
         try:
-            reply = await self._ask(f"{self.prefix}.{path}", data, None, self._api_timeout)
+            reply = await self.ask(f"{self.prefix}.{path}", data, None, self._api_timeout)
         except NoResponders:
             raise NoJetStream(
                 f"{self.driver.describe()} has no JetStream",

@@ -137,27 +137,20 @@ class PullFlow(StreamFlow):
 
     def reconnected(self) -> None:
         # Without acknowledgements, what was on its way when the connection broke is missing.
-        self._anew()
         if self._ordered:
-            self._restart()
-        else:
-            self.heal("")
+            self.consumer.renew()
+        super().reconnected()
 
     def _announce(self, reason: str, resume: int | None) -> None:
         if not self._ordered:
             super()._announce(reason, resume)
 
     async def _in_view(self, msg: Msg) -> None:
-        raw = self._view(msg)
+        """Give the watcher of a store what it wants to see."""
+        kv, obj = self.spec.kv, self.spec.obj
+        raw = entry_of(msg, kv) if kv is not None else object_of(msg, obj) if obj else None
         if raw is not None:
             await self._watcher(raw)
-
-    def _view(self, msg: Msg) -> Any:
-        """What the watcher of a store gets to see; None for what it does not want."""
-        spec = self.spec
-        if spec.kv is not None:
-            return entry_of(msg, spec.kv)
-        return object_of(msg, spec.obj) if spec.obj is not None else msg
 
     async def _refilled(self, raw: Any) -> None:
         if self.pending + len(self.waiting) <= self.low:

@@ -13,10 +13,12 @@ from typing import Any
 from nats.aio.client import RawCredentials
 from nats.errors import Error as NatsError
 
+from ..security import BaseSecurity, password_of
+
 Text = str | Callable[[], str]
 
 
-class NatsSecurity:
+class NatsSecurity(BaseSecurity):
     """TLS, without any identity.
 
     Args:
@@ -37,8 +39,7 @@ class NatsSecurity:
         tls_hostname: str | None = None,
         tls_handshake_first: bool = False,
     ) -> None:
-        self.ssl_context = ssl_context
-        self.use_ssl = use_ssl if use_ssl is not None else ssl_context is not None
+        super().__init__(ssl_context, use_ssl)
         self.tls_hostname = tls_hostname
         self.tls_handshake_first = tls_handshake_first
 
@@ -56,9 +57,6 @@ class NatsSecurity:
 
     def _identity(self) -> dict[str, Any]:
         return {}
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}>"
 
 
 class NatsUserPassword(NatsSecurity):
@@ -164,6 +162,23 @@ class NatsJWT(NatsSecurity):
             "user_jwt_cb": guarded(self._jwt_cb),
             "signature_cb": guarded(self._signature_cb),
         }
+
+
+def of_nats(security: BaseSecurity) -> NatsSecurity:
+    """What other brokers share, in NATS's words.
+
+    Raises:
+        SetupError: NATS has no such login.
+    """
+    if isinstance(security, NatsSecurity):
+        return security
+    login = password_of(security, "NATS")
+    tls: dict[str, Any] = {"ssl_context": security.ssl_context, "use_ssl": security.use_ssl}
+    return (
+        NatsSecurity(**tls)
+        if login is None
+        else NatsUserPassword(login.username, login.password, **tls)
+    )
 
 
 def guarded(value: Any) -> Any:

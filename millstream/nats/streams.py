@@ -53,6 +53,46 @@ def union(subjects: Iterable[str]) -> list[str]:
     return kept
 
 
+def letter_addresses(spec: NatsSubscription, name: str | None) -> list[str]:
+    """Where a subscription's dead letters may go, the best first.
+
+    ``name`` is what the user said. The default is ``{stream}.dlq``, or the subject with ``.dlq``
+    behind it on core NATS; where the subscription would take that in again, the next of
+    ``dlq.{source}`` and ``_dlq.{source}`` is taken.
+
+    Raises:
+        SetupError: all of them would come back.
+    """
+    own = spec.filters or ([">"] if spec.stream_name else [])
+    source = spec.stream_name or SYNTAX.literal(spec.subject)
+    choices = [f"{source}.dlq", f"dlq.{source}", f"_dlq.{source}"] if name is None else [name]
+    free = [c for c in choices if not any(overlap(subject, c) for subject in own)]
+    if not free and name is not None:
+        raise SetupError(
+            f"dead letters sent to {name!r} would come back to {spec.destination!r}",
+            fix="name a subject that the subscription does not read",
+        )
+    if not free:
+        raise SetupError(
+            f"{spec.destination!r} reads every subject, its own dead letters included",
+            fix="set dead_letter= to None, or read fewer subjects",
+        )
+    return free
+
+
+def stream_of_letters(address: str) -> str:
+    """The stream that is made to keep dead letters: the address, its dots as underscores."""
+    return re.sub(r"[\s.*>/\\]+", "_", address)
+
+
+def nowhere_else(stream: str | None) -> SetupError:
+    """The error of a stream that would store the dead letters of its own messages."""
+    return SetupError(
+        f"stream {stream!r} takes in every subject that its dead letters could have",
+        fix="set dead_letter= to a subject of another stream, or to None",
+    )
+
+
 class Wanted:
     """One stream as all declarations together want it."""
 
@@ -183,28 +223,10 @@ class Streams:
     ) -> str:
         """Find the address of a subscription's dead letters, and with ``declare`` prepare it.
 
-        The default is ``{stream}.dlq``, or the subject with ``.dlq`` behind it on core NATS.
-        Where the subscription itself, or its stream, would take that address in again, the
-        next of ``dlq.{source}`` and ``_dlq.{source}`` is taken. A stream of that name (dots
-        become underscores) keeps it.
+        An address of its own choice that the subscription's stream would store is left out. A
+        stream made for it keeps what is sent there, unless one does already.
         """
-        source = spec.stream_name or _literal(spec.subject)
-        own = spec.filters or (["*", ">"] if spec.stream_name else [])
-        if name is not None:
-            if any(overlap(subject, name) for subject in own):
-                raise SetupError(
-                    f"dead letters sent to {name!r} would come back to {spec.destination!r}",
-                    fix="name a subject that the subscription does not read",
-                )
-            choices = [name]
-        else:
-            choices = [f"{source}.dlq", f"dlq.{source}", f"_dlq.{source}"]
-            choices = [c for c in choices if not any(overlap(subject, c) for subject in own)]
-        if not choices:
-            raise SetupError(
-                f"{spec.destination!r} reads every subject, its own dead letters included",
-                fix="set dead_letter= to None, or read fewer subjects",
-            )
+        choices = letter_addresses(spec, name)
         try:
             return await self._keep(
                 choices, spec.stream_name, wanted=name is not None, declare=declare
@@ -223,7 +245,7 @@ class Streams:
             if owner is None:
                 if not declare:
                     return address
-                name = re.sub(r"[\s.*>/\\]+", "_", address)
+                name = stream_of_letters(address)
                 self.wanted[name] = kept = Wanted(name)
                 kept.subjects = [address]
                 await self._realise(kept)
@@ -231,13 +253,4 @@ class Streams:
                 continue
             self.kept.add(address)
             return address
-        raise SetupError(
-            f"stream {source!r} takes in every subject that its dead letters could have",
-            fix="set dead_letter= to a subject of another stream, or to None",
-        )
-
-
-def _literal(template: str) -> str:
-    """A pattern as one subject: placeholders by their names, wildcards as words."""
-    tokens = (token.strip("{}") for token in template.split("."))
-    return ".".join({"*": "any", ">": "all"}.get(token, token) for token in tokens)
+        raise nowhere_else(source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, ClassVar, NoReturn
@@ -22,7 +21,7 @@ from ..testing import Bs, TestBroker
 from .consumer import durable_name
 from .message import NatsMessage
 from .options import ACK_WAIT, SYNTAX, JStream, KvWatch, NatsPublish, NatsSubscription, stream_name
-from .streams import _literal, overlap
+from .streams import letter_addresses, nowhere_else, overlap, stream_of_letters
 
 _REPLAY = {
     DeliverPolicy.NEW: "none",
@@ -88,7 +87,7 @@ class NatsMemoryDriver(MemoryDriver):
             durable=f"{stream}/{name}" if name is not None else "",
             ack_wait=(spec.ack_wait or ACK_WAIT) if spec.acknowledged else None,
             max_deliver=max(config.max_deliver or 0, 0),
-            replay=_watched(watch) if watch is not None else _REPLAY.get(policy, "all"),
+            replay=_REPLAY.get(policy, "all") if watch is None else _watched(watch),
             kept=stream,
             stream=stream,
             consumer=name or f"ms-{id(spec):x}",
@@ -149,22 +148,14 @@ class NatsMemoryDriver(MemoryDriver):
         return None
 
     async def dead_letter(self, spec: Any, name: str | None, *, declare: bool = True) -> str:
-        own = spec.filters or (["*", ">"] if spec.stream_name else [])
-        source = spec.stream_name or _literal(spec.subject)
-        choices = [name] if name else [f"{source}.dlq", f"dlq.{source}", f"_dlq.{source}"]
-        for address in choices:
-            if any(overlap(subject, address) for subject in own):
-                continue
+        for address in letter_addresses(spec, name):
             owner = self.owner(address)
             if owner is None and declare:
-                self.bus.keep(re.sub(r"[\s.*>/\\]+", "_", address), [SYNTAX.compile(address)])
+                self.bus.keep(stream_of_letters(address), [SYNTAX.compile(address)])
             elif owner is not None and owner == spec.stream_name and name is None:
                 continue
             return address
-        raise SetupError(
-            f"dead letters at {' or '.join(choices)!r} would come back to {spec.destination!r}",
-            fix="name a subject that the subscription does not read, or set dead_letter= to None",
-        )
+        raise nowhere_else(spec.stream_name)
 
     # Publishing
 

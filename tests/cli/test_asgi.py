@@ -234,7 +234,10 @@ async def test_handlers_take_what_they_name(broker: MemoryBroker) -> None:
         flag: Annotated[bool, Query()] = False,
         missing: Annotated[str, Context("nowhere", default="none")] = "",
         broker_: Annotated[Any, Context("broker")] = None,
+        timeout: Annotated[float, Context("broker.request_timeout")] = 0.0,
+        unknown: Annotated[str, Context("broker.nothing", default="none")] = "",
     ) -> AsgiResponse:
+        assert (timeout, unknown) == (5.0, "none")
         assert request.method == "GET" and request.path == scope["path"] and broker_ is app.broker
         logger.info("asked")
         found = [limit, page, flag, user_agent, tenant, missing]

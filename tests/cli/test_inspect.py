@@ -142,6 +142,23 @@ def test_show_as_json(shop: str, tmp_path: Path) -> None:
     assert orders["publishes_to"] == [f"{shop}.invoices"] and orders["handlers"] == ["invoice"]
 
 
+def test_show_tells_what_a_policy_of_the_broker_means(tmp_path: Path) -> None:
+    code = """
+from millstream import AckPolicy
+from millstream.nats import NatsBroker
+
+broker = NatsBroker(ack_policy=AckPolicy.ACK_FIRST)
+
+
+@broker.subscriber("orders", stream="ORDERS", durable="d")
+async def handle(body: dict): ...
+"""
+    write(tmp_path, main=code)
+    shown = json.loads(command("show", "main:broker", "--json", folder=tmp_path).stdout)
+    (told,) = shown["brokers"][0]["subscriptions"]
+    assert (told["policy"], told["guarantee"]) == ("ack_first", "at-most-once")
+
+
 def test_show_what_can_be_shown_beside_errors(tmp_path: Path) -> None:
     write(tmp_path, main=WRONG + "\n@broker.subscriber('good')\nasync def good(body: dict): ...\n")
     done = command("show", "main:app", folder=tmp_path)

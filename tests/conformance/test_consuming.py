@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -234,6 +235,21 @@ async def test_order_per_key_is_kept_while_keys_overlap(bench: Bench, key: Any) 
             )
     await bench.until(lambda: sum(map(len, got.values())) == 30, 20.0)
     assert got == {k: list(range(10)) for k in got}
+
+
+async def test_a_message_without_a_usable_key_is_handled(bench: Bench) -> None:
+    got: list[int] = []
+    by = lambda m: json.loads(m.body)["key"]  # noqa: E731
+
+    @bench.subscriber(bench.address("keyless"), concurrency=4, ordered_by=by)
+    async def handler(body: dict[str, Any]) -> None:
+        got.append(body["n"])
+
+    await bench.start()
+    for body in ({"n": 0}, {"n": 1, "key": ["no key"]}, {"n": 2, "key": "a"}):
+        await bench.broker.publish(body, bench.address("keyless"))
+    await bench.until(lambda: len(got) == 3)
+    assert sorted(got) == [0, 1, 2]
 
 
 async def test_a_batch_is_full_or_late(bench: Bench) -> None:

@@ -49,15 +49,17 @@ async def test_a_reply_carries_headers_and_the_correlation_id(bench: Bench) -> N
 
 @needs(Capability.REPLY, requests=True)
 async def test_a_failed_handler_reaches_the_caller_as_remote_error(bench: Bench) -> None:
+    text = "no such order\n  in C:\\new"
+
     @bench.subscriber(bench.address("fails"), retry=Retry(attempts=1))
     async def fails(body: int) -> int:
-        raise LookupError("no such order")
+        raise LookupError(text)
 
     await bench.start()
     with pytest.raises(RemoteError, match="no such order") as caught:
         await bench.broker.request(1, bench.address("fails"), timeout=5.0)
     assert caught.value.type.endswith("LookupError")
-    assert caught.value.text == "no such order"
+    assert caught.value.text == text
 
 
 @needs(Capability.REPLY, requests=True)

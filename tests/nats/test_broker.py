@@ -248,6 +248,8 @@ async def test_watching_stores(broker):
     kv = await broker.key_value(bucket)
     await kv.put("cfg.a", b"on")
     await (await broker.object_storage(files)).put("f.txt", b"data")
+    with pytest.raises(SetupError, match=r"has no option 'histroy'[^$]*did you mean 'history'"):
+        await broker.key_value(bucket, histroy=5)
     await eventually(lambda: len(got) == 2)
     assert set(got) == {("a", "on", None), ("f.txt", b"data")}
     await broker.stop()

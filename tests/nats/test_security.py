@@ -12,7 +12,7 @@ import subprocess
 import nkeys
 import pytest
 
-from millstream.errors import ConnectError
+from millstream.errors import ConnectError, SetupError
 from millstream.nats import (
     NatsCredentials,
     NatsJWT,
@@ -22,6 +22,7 @@ from millstream.nats import (
     NatsUserPassword,
 )
 from millstream.nats.driver import NatsDriver
+from millstream.security import BaseSecurity, SASLPlaintext, SASLScram256
 from tests.helpers import eventually
 from tests.servers import NatsServer, missing
 
@@ -58,6 +59,21 @@ async def test_user_and_password():
         assert "credentials" in await keeps_out(server, security=NatsUserPassword("u", "wrong"))
         await keeps_out(server, server.url.replace("//", "//u:wrong@"))
         await keeps_out(server)
+
+
+async def test_the_logins_that_brokers_share():
+    context = ssl.create_default_context()
+    with NatsServer(args=["--user", "u", "--pass", "s3cret"]) as server:
+        await lets_in(server, security=SASLPlaintext("u", "s3cret"))
+        assert "credentials" in await keeps_out(server, security=SASLPlaintext("u", "wrong"))
+        await keeps_out(server, security=BaseSecurity())
+        assert "no TLS" in await keeps_out(
+            server, security=SASLPlaintext("u", "s3cret", ssl_context=context)
+        )
+    with pytest.raises(SetupError, match="NATS has no SASLScram256"):
+        NatsDriver(security=SASLScram256("u", "s3cret"))
+    with pytest.raises(SetupError, match="use_ssl=False"):
+        NatsSecurity(ssl_context=context, use_ssl=False)
 
 
 async def test_token():

@@ -100,8 +100,8 @@ class SimIntake(MemoryIntake):
     async def close(self) -> None:
         ledger = self.driver.world.ledger
         ledger.excuse_open(self.driver.process, "its intake closed")
-        if self.given is not None and self.given.current is not None:
-            ledger.settling(self.given.current)
+        if self.at_hand is not None and self.at_hand.current is not None:
+            ledger.settling(self.at_hand.current)
         await super().close()
 
 
@@ -396,8 +396,8 @@ class World:
             if store is not None:
                 if intake in store.members:
                     store.members.remove(intake)
-                back = list(intake.fetched)
-                intake.fetched.clear()
+                back = list(intake.waiting)
+                intake.waiting.clear()
                 store.unsettled.difference_update(back)
                 store.put_back(back)
 

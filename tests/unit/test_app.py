@@ -14,6 +14,7 @@ import pytest
 from millstream import (
     Context,
     ContextRepo,
+    Depends,
     FastStream,
     Message,
     Millstream,
@@ -21,6 +22,7 @@ from millstream import (
     State,
     StopApplication,
     StopConsume,
+    VirtualClock,
 )
 from millstream.errors import ConnectError, StateError
 from millstream.memory import MemoryBroker, MemoryDriver
@@ -153,6 +155,41 @@ async def test_an_unreachable_broker_is_tried_until_the_time_is_over(
         await broker.connect()
 
 
+async def test_a_broker_that_is_stopped_while_it_connects_gives_up() -> None:
+    class Away(MemoryDriver):
+        async def connect(self) -> None:
+            raise ConnectError("away")
+
+    clock = VirtualClock()
+    broker = MemoryBroker(clock=clock)
+    broker.driver = Away()
+    connecting = asyncio.create_task(broker.start())
+    await clock.advance(1)
+    assert broker.state is State.CONNECTING
+    await broker.stop()
+    await clock.advance(5)
+    with pytest.raises(ConnectError, match="stopped before it was reached"):
+        await connecting
+    assert broker.state is State.STOPPED
+
+
+async def test_a_broker_is_stopped_though_the_end_of_a_dependency_fails() -> None:
+    async def pool() -> AsyncIterator[str]:
+        yield "pool"
+        raise OSError("cannot be closed")
+
+    broker = MemoryBroker()
+
+    @broker.subscriber("in")
+    async def handler(value: int, pool: str = Depends(pool, scope="app")) -> None: ...
+
+    await broker.start()
+    with pytest.raises(OSError, match="cannot be closed"):
+        await broker.stop()
+    assert broker.state is State.STOPPED
+    await broker.stop()
+
+
 async def test_run_until_exit() -> None:
     broker = MemoryBroker()
     app = Millstream(broker)
@@ -163,6 +200,44 @@ async def test_run_until_exit() -> None:
     await running
     assert broker.state is State.STOPPED
     assert not app.health()["ready"]
+
+
+async def test_a_run_that_is_cancelled_while_it_starts_leaves_nothing_behind() -> None:
+    broker = MemoryBroker()
+    app = Millstream(broker)
+    told: list[str] = []
+    asked = asyncio.Event()
+
+    @app.on_startup
+    async def slow() -> None:
+        asked.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            told.append("cut off")
+
+    app.after_shutdown(lambda: told.append("ended"))
+    before = asyncio.all_tasks()
+    running = asyncio.create_task(app.run())
+    await asked.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert told == ["cut off", "ended"]
+    assert asyncio.all_tasks() == before and broker.state is State.NEW
+
+
+async def test_a_run_whose_start_fails_leaves_no_task_behind() -> None:
+    app = Millstream(MemoryBroker())
+
+    @app.on_startup
+    async def fails() -> None:
+        raise ValueError("no")
+
+    before = asyncio.all_tasks()
+    with pytest.raises(ValueError, match="no"):
+        await app.run()
+    assert asyncio.all_tasks() == before
 
 
 async def test_run_until_a_signal_and_a_second_one_hurries() -> None:

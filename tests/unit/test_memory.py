@@ -332,7 +332,7 @@ async def test_a_member_fetches_no_more_than_its_prefetch(world: World) -> None:
     for i in range(10):
         await world.send("work", b"%d" % i)
     assert taker.bodies == [b"0"]
-    assert len(taker.intake.fetched) == taker.intake.spec.prefetch == 2
+    assert len(taker.intake.waiting) == taker.intake.spec.prefetch == 2
     assert len(world.driver.bus.stores["d"].ready) == 7
 
 

@@ -146,6 +146,7 @@ async def test_the_four_hooks() -> None:
 
         async def publish_scope(self, call_next: Any, cmd: Any) -> Any:
             order.append(("publish", cmd.body))
+            assert self.context.get("broker_name") == "shop"
             return await call_next(cmd)
 
         async def after_processed(
@@ -155,6 +156,7 @@ async def test_the_four_hooks() -> None:
             return exc_type is KeyError
 
     broker = MemoryBroker(middlewares=[functools.partial(Hooks, tag="t")])
+    broker.context.set_global("broker_name", "shop")
 
     @broker.subscriber("in")
     async def handler(value: int) -> None:

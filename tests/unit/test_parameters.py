@@ -14,6 +14,7 @@ import pytest
 from millstream import (
     JSON,
     BaseMiddleware,
+    Batch,
     Context,
     ContextRepo,
     Depends,
@@ -246,6 +247,24 @@ async def test_an_own_parser_makes_the_message() -> None:
     assert got == ["LOUD"]
 
 
+async def test_a_message_of_a_users_parser_is_no_longer_open_once_it_is_settled() -> None:
+    broker = MemoryBroker()
+    got: list[int] = []
+
+    async def parser(raw: Any, original: Any) -> Message[Any]:
+        made: Message[Any] = await original(raw)
+        return made
+
+    @broker.subscriber("in", durable="d", parser=parser)
+    async def handler(value: int) -> None:
+        got.append(value)
+
+    async with TestBroker(broker) as running:
+        await running.publish(1, "in")
+        (subscription,) = broker.health()["subscriptions"]
+    assert got == [1] and subscription["oldest_unsettled"] is None
+
+
 # Context, headers, placeholders
 
 
@@ -318,6 +337,20 @@ async def test_a_name_that_is_not_in_the_context() -> None:
 
     with pytest.raises(ContextError, match="nowhere"):
         await given(handler, b"")
+
+
+async def test_a_default_of_the_context_is_taken_as_it_is() -> None:
+    got: list[Any] = []
+
+    async def handler(
+        limit: int = Context("nowhere", default=None, cast=True),
+        tries: int = Context("message.headers.tries", default=None, cast=True),
+    ) -> None:
+        got.append((limit, tries))
+
+    await given(handler, b"")
+    await given(handler, b"", headers={"tries": "3"})
+    assert got == [(None, None), (None, 3)]
 
 
 async def test_a_middleware_may_set_local_values() -> None:
@@ -633,10 +666,20 @@ def test_all_mistakes_are_told_in_one_go() -> None:
     @broker.subscriber("c", concurrency=0)
     async def third() -> None: ...
 
+    @broker.subscriber("d", handler_timeout=0.0)
+    async def fourth() -> None: ...
+
     with pytest.raises(SetupErrors) as caught:
         broker.compile()
-    assert len(caught.value.errors) == 3
-    assert all(name in str(caught.value) for name in ("first", "second", "third"))
+    assert len(caught.value.errors) == 4
+    assert all(name in str(caught.value) for name in ("first", "second", "third", "fourth"))
+
+
+@pytest.mark.parametrize("options", [{"size": 0}, {"size": -1}, {"wait": -0.1}])
+def test_a_batch_that_can_never_be_full(options: dict[str, Any]) -> None:
+    with pytest.raises(SetupError, match="size is 1 or more, wait in seconds") as caught:
+        Batch(**options)
+    assert caught.value.code == "MS129"
 
 
 def test_a_wrong_type_in_a_decorator() -> None:

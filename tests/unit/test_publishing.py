@@ -8,9 +8,9 @@ import msgspec
 import pydantic
 import pytest
 
-from millstream import Message, Response
+from millstream import Message, MsgPack, Response
 from millstream.errors import DecodeError, EncodeError, RemoteError
-from millstream.memory import MemoryBroker
+from millstream.memory import MemoryBroker, MemoryRouter
 from millstream.testing import TestBroker
 
 
@@ -165,9 +165,25 @@ async def test_answers() -> None:
             await running.request(2, "double", response_model=list[int])
         with pytest.raises(RemoteError) as caught:
             await running.request(-1, "double")
-        assert caught.value.type == "ValueError"
+        assert (caught.value.type, caught.value.text) == ("ValueError", "negative\nnumber")
         publisher = broker.publisher("double")
         assert await publisher.request(3, response_model=Model) == Model(id=6)
+
+
+async def test_an_answer_is_read_by_the_codec_of_the_publisher_that_asked() -> None:
+    broker = MemoryBroker()
+    router = MemoryRouter(codec=MsgPack())
+
+    @router.subscriber("double")
+    async def double(value: Model) -> Model:
+        return Model(id=value.id * 2)
+
+    publisher = router.publisher("double")
+    broker.include_router(router)
+    async with TestBroker(broker):
+        assert await publisher.request(Model(id=2), response_model=Model) == Model(id=4)
+        answer = await publisher.request(Model(id=3))
+        assert await answer.decode() == {"id": 6}
 
 
 async def test_no_reply_answers_nothing() -> None:

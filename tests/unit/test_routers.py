@@ -112,6 +112,12 @@ def test_a_router_cannot_contain_itself_or_another_kind() -> None:
         MemoryBroker().include_router(object())  # type: ignore[arg-type]
 
 
+def test_an_option_that_a_router_does_not_have() -> None:
+    with pytest.raises(SetupError, match="MemoryRouter has no option 'midlewares'") as caught:
+        MemoryRouter("a.", midlewares=[])  # type: ignore[call-arg]
+    assert caught.value.fix == "did you mean 'middlewares'?" and __file__ in caught.value.where
+
+
 async def test_a_publisher_of_a_router_that_is_in_no_broker() -> None:
     publisher = MemoryRouter().publisher("out")
     with pytest.raises(StateError, match="include_router"):

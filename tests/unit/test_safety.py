@@ -72,13 +72,15 @@ async def test_sqlite_keys_survive_and_are_shared(tmp_path: Path) -> None:
     three.close()
 
 
-async def test_the_memory_store_is_bounded() -> None:
+@pytest.mark.parametrize("limit", [5, 100])
+async def test_the_memory_store_is_bounded(limit: int) -> None:
     clock = VirtualClock()
-    store = MemoryDedup(clock, limit=100)
+    store = MemoryDedup(clock, limit=limit)
     for n in range(1000):
         await store.done(str(n), 60)
-    assert len(store._keys) <= 100
     assert await store.claim("999", 60) == "done"
+    assert await store.claim(str(1000 - limit), 60) == "done"
+    assert await store.claim(str(999 - limit), 60) == "mine"  # the oldest are forgotten
 
 
 async def test_a_message_that_comes_again_is_not_handled_again() -> None:
@@ -108,6 +110,38 @@ async def test_a_message_that_comes_again_is_not_handled_again() -> None:
         await running.publish(13, "in", headers={"id": "b"})
     assert runs == [("a", 1), ("b", 13), ("b", 13)]
     assert published == [1, 13]
+
+
+async def test_each_message_of_a_batch_has_a_key_of_its_own() -> None:
+    broker = MemoryBroker()
+    runs: list[list[int]] = []
+
+    @broker.subscriber(
+        "in",
+        durable="d",
+        batch=Batch(size=3, wait=1),
+        deduplicate=Dedup(key="id"),
+        retry=Retry(delay=1),
+    )
+    async def handler(values: list[int]) -> None:
+        runs.append(values)
+        if 2 in values and len(runs) == 1:
+            raise BatchFailed({values.index(2): ValueError("not yet")})
+
+    test = TestBroker(broker)
+    async with test as running:
+        for value in (1, 2, 3):
+            await running.publish(value, "in", headers={"id": str(value)})
+        await test.clock.advance(0)
+        assert runs == [[1, 2, 3]]
+        await running.publish(1, "in", headers={"id": "1"})  # done before
+        await running.publish(4, "in", headers={"id": "4"})
+        await running.publish(4, "in", headers={"id": "4"})  # its twin stands beside it
+        await test.clock.advance(10)
+        assert sorted(value for values in runs[1:] for value in values) == [2, 4]
+        await running.publish(2, "in", headers={"id": "2"})
+        await test.clock.advance(10)
+        assert sum(values.count(2) for values in runs) == 2
 
 
 async def test_a_twin_waits_until_the_first_is_decided() -> None:
