@@ -185,16 +185,13 @@ def settlement(how: Settlement, options: Mapping[str, Any]) -> Settlement:
     """What ``requeue=`` makes of a settlement.
 
     Raises:
-        CapabilityError: an option that means something else.
+        CapabilityError: it is meant for other messages as well.
     """
     if options.get("multiple"):
         raise CapabilityError(
             "multiple=True settles messages that others may be working on",
             fix="settle each message; what follows each other goes out as one frame",
         )
-    unknown = options.keys() - {"requeue", "multiple"}
-    if unknown:
-        raise TypeError(f"RabbitMQ settles a message without {', '.join(sorted(unknown))}")
     if how is Settlement.ACK or options.get("requeue") is None:
         return how
     return Settlement.NACK if options["requeue"] else Settlement.REJECT
