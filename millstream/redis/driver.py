@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import (
+    AskError,
     NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
@@ -36,17 +37,19 @@ from ..errors import (
 from ..message import Message
 from .connection import MOVED, Network, explain
 from .flow import ChannelFlow, Flow, log
-from .formats import MessageFormat, PlainMessageFormat
+from .formats import MessageFormat, PlainMessageFormat, check_format
 from .groups import Groups
 from .letters import RedisLetters
 from .lists import ListFlow
 from .message import DATA, STREAM, Entry, RedisChannelMessage
-from .options import SYNTAX, RedisPublish, RedisSubscription, plain_name, split
+from .options import SYNTAX, RedisPublish, RedisSubscription, check_trimming, plain_name, split
 from .streams import GroupFlow, StreamFlow
 from .wire import Lost, Script, reason_of
 
 #: Bytes of the largest value (redis.io, proto-max-bulk-len).
 LARGEST = 512 * 1024 * 1024
+#: No header can have this name.
+_BODY = DATA.decode()
 #: Seconds for which a read waits at the server for something new, at most.
 BLOCK = 5.0
 #: Seconds between two looks whether there is room for more.
@@ -188,12 +191,7 @@ class RedisDriver(BaseDriver):
 
     def refusal(self, what: str, error: Exception) -> SetupError:
         """What a refused subscription is called here."""
-        reason, fix = str(error), ""
-        if isinstance(error, NoPermissionError):
-            fix = "grant the user the command and the key (docs/redis.md, Security)"
-        elif "WRONGTYPE" in reason:
-            fix = "another kind of value is stored there: use another name"
-        return SetupError(f"{what}: the server refuses: {reason}", fix=fix)
+        return SetupError(f"{what}: the server refuses: {error}", fix=advice_for(error))
 
     async def _look(self) -> None:
         while True:
@@ -342,6 +340,8 @@ class RedisDriver(BaseDriver):
         if reply_to:
             headers = {**(headers or {}), "reply_to": reply_to}
         format = command.message_format or self.message_format
+        if format is not None:
+            check_format(format)
         if len(data) > self.largest:
             raise MessageTooLarge(
                 f"{len(data):,} bytes for {command.destination!r}: the server takes "
@@ -351,8 +351,10 @@ class RedisDriver(BaseDriver):
             fields: list[Any] = [DATA, data]
             if format is not None and not issubclass(format, PlainMessageFormat):
                 fields = [DATA, format.encode(data, headers or {})]
-            else:
-                for header in (headers or {}).items():
+            elif headers:
+                if _BODY in headers:
+                    raise SetupError(f"a header {_BODY!r}", fix="that is the field of the body")
+                for header in headers.items():
                     fields += header
             return name, ("XADD", name, *_trim(*command.trimming), "*", *fields)
         value = (format or PlainMessageFormat).encode(data, headers or {})
@@ -389,14 +391,14 @@ class RedisDriver(BaseDriver):
             except OutOfMemoryError as error:
                 raise PublishError(f"{key!r} was not stored: {error}") from error
             except ResponseError as error:
-                hint = ""
-                if "WRONGTYPE" in str(error):
-                    hint = "; another kind of value is stored under that name"
+                hint = f"; {advice}" if (advice := advice_for(error)) else ""
                 raise PublishError(f"{key!r} was not published: {error}{hint}") from error
 
     async def request(
         self, command: RedisPublish, data: bytes, headers: dict[str, str] | None, timeout: float
     ) -> Entry:
+        if command.pipeline is not None:
+            raise SetupError("a request in a pipeline", fix="leave out pipeline=, or publish")
         end = asyncio.get_running_loop().time() + timeout
         inbox = await self._open_inbox(timeout)
         reply_to = f"{inbox}{next(self._questions):x}"
@@ -444,6 +446,17 @@ class RedisDriver(BaseDriver):
         return RedisLetters(self, plain_name(address))
 
 
+def advice_for(error: Exception) -> str:
+    """What to do about an error of the server; empty where that is plain."""
+    if isinstance(error, NoPermissionError):
+        return "grant the user the command and the key (docs/redis.md, Security)"
+    if isinstance(error, AskError):  # and MovedError
+        return "the server is part of a cluster: use RedisClusterBroker"
+    if "WRONGTYPE" in str(error):
+        return "another kind of value is stored under that name: use another one"
+    return ""
+
+
 def literal(address: str) -> str:
     """A name that a stream can have, from an address that may be a pattern."""
     return re.sub(r"[{}]", "", plain_name(address)).replace("*", "any")
@@ -451,6 +464,7 @@ def literal(address: str) -> str:
 
 def _trim(maxlen: int | None, max_age: float | None) -> tuple[Any, ...]:
     if maxlen is not None:
+        check_trimming(maxlen, max_age)
         return ("MAXLEN", "~", maxlen)
     if max_age is not None:
         return ("MINID", "~", int((time.time() - max_age) * 1000))
