@@ -22,6 +22,7 @@ from redis.exceptions import (
     NoPermissionError,
     RedisClusterException,
     RedisError,
+    ResponseError,
     TryAgainError,
 )
 
@@ -106,9 +107,17 @@ class Network:
     def _wire_changed(self, wire: Wire, up: bool, reason: str) -> None:
         self._changed(up, reason)
 
-    def wire(self, key: str) -> Wire:
-        """The connection for a key's commands."""
+    def wire(self, key: str, node: str = "") -> Wire:
+        """The connection for a key's commands, or to a node; a KeyError if there is none yet."""
         return self._wires[""]
+
+    def node_of(self, error: ResponseError) -> str:
+        """The node that a command is to be sent to, this once; empty for one that is found anew.
+
+        Raises:
+            ResponseError: it has to be sent nowhere else.
+        """
+        raise error
 
     async def dedicated(self, key: str) -> AbstractConnection:
         """A connection of one's own to where a key is."""
@@ -159,12 +168,13 @@ class ClusterNetwork(Network):
     def _node(self, key: str) -> Any:
         return self.client.get_node_from_key(key)
 
-    def wire(self, key: str) -> Wire:
-        name = self._node(key).name
-        wire = self._wires.get(name)
-        if wire is None:
-            raise KeyError(name)
-        return wire
+    def wire(self, key: str, node: str = "") -> Wire:
+        return self._wires[node or self._node(key).name]
+
+    def node_of(self, error: ResponseError) -> str:
+        if isinstance(error, AskError) and not isinstance(error, MovedError):
+            return f"{error.host}:{error.port}"
+        return ""
 
     async def dedicated(self, key: str) -> AbstractConnection:
         return await self._connect(self._node(key).name)

@@ -22,7 +22,7 @@ from redis.exceptions import (
 )
 
 from ..address import AddressSyntax
-from ..base import BaseDriver, Questions, disconnected, not_yet_connected
+from ..base import BaseDriver, Questions, disconnected, not_yet_connected, reconnect_delay
 from ..clock import Clock
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import (
@@ -229,33 +229,37 @@ class RedisDriver(BaseDriver):
 
     async def _once(self, key: str, args: tuple[Any, ...], end: float) -> Any:
         """Carry out a command; :class:`Lost` if the connection broke meanwhile."""
-        while True:
+        node = ""  # where it is asked for this once, while its slot moves
+        for attempt in itertools.count():
             network = self._connected()
             try:
-                wire = network.wire(key)
+                wire = network.wire(key, node)
             except KeyError:
-                await self._refreshed(network, end)
+                await self._refreshed(network, attempt, end)
                 continue
             if not wire.up.is_set() or wire.full:
                 await self._wait(wire, end)
                 continue
+            if node:
+                wire.tell("ASKING")
             future = wire.ask(*args)
             timer = asyncio.get_running_loop().call_later(
                 max(end - time.monotonic(), 0.001), _late, future
             )
             try:
                 return await future
-            except MOVED:
-                await self._refreshed(network, end)
-                return await network.client.execute_command(*args)
+            except MOVED as error:  # it was not carried out
+                node = network.node_of(error)
+                if not node:
+                    await self._refreshed(network, attempt, end)
             finally:
                 timer.cancel()
 
-    async def _refreshed(self, network: Network, end: float) -> None:
+    async def _refreshed(self, network: Network, attempt: int, end: float) -> None:
         if time.monotonic() >= end:
             raise self._away("the cluster has no node for it")
         await network.refresh()
-        await asyncio.sleep(ROOM)
+        await asyncio.sleep(max(reconnect_delay(attempt, self.cap), ROOM))
 
     async def _wait(self, wire: Any, end: float) -> None:
         left = end - time.monotonic()

@@ -367,16 +367,49 @@ async def test_a_slot_that_moves_to_another_node(
     await eventually(lambda: sorted(got) == [1, 2, 3], 15)
 
 
-def _move(slot: int, source: int, target: int, nodes: list[RedisServer]) -> None:
-    def cli(port: int, *args: str) -> str:
-        command = ["redis-cli", "-p", str(port), *args]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+async def test_a_slot_that_is_on_its_way(
+    clustered: RedisClusterBroker, cluster: list[RedisServer]
+) -> None:
+    """What its old node has no more is asked of the new one, and read alike."""
+    name, got = unique(), list[int]()
 
-    ids = {node.port: cli(node.port, "CLUSTER", "MYID") for node in nodes}
-    cli(target, "CLUSTER", "SETSLOT", str(slot), "IMPORTING", ids[source])
-    cli(source, "CLUSTER", "SETSLOT", str(slot), "MIGRATING", ids[target])
-    keys = cli(source, "CLUSTER", "GETKEYSINSLOT", str(slot), "100").split()
+    @clustered.subscriber(stream=StreamSub(name, group="g"))
+    async def handler(body: int) -> None:
+        got.append(body)
+
+    await clustered.connect()
+    client: Any = clustered.client
+    slot, owner = client.keyslot(name), client.get_node_from_key(name)
+    target = next(node for node in cluster if node.port != owner.port)
+    ids = await asyncio.to_thread(_begin, slot, owner.port, target.port)
+    id = await clustered.publish(1, stream=name)
+    async with Redis.from_url(target.url) as new:
+        assert await new.execute_command("CLUSTER", "COUNTKEYSINSLOT", slot) == 1
+    found = [letter async for letter in clustered.driver.letters(f"stream://{name}").read()]
+    assert [(letter.id, letter.message.body) for letter in found] == [(id, b"1")]
+    for node in cluster:
+        await asyncio.to_thread(_cli, node.port, *("CLUSTER", "SETSLOT", str(slot), "NODE", ids[1]))
+    await clustered.start()
+    await eventually(lambda: got == [1], 15)
+
+
+def _begin(slot: int, source: int, target: int) -> tuple[str, str]:
+    """Begin to move a slot; the ids of both nodes."""
+    ids = _cli(source, "CLUSTER", "MYID"), _cli(target, "CLUSTER", "MYID")
+    _cli(target, "CLUSTER", "SETSLOT", str(slot), "IMPORTING", ids[0])
+    _cli(source, "CLUSTER", "SETSLOT", str(slot), "MIGRATING", ids[1])
+    return ids
+
+
+def _move(slot: int, source: int, target: int, nodes: list[RedisServer]) -> None:
+    ids = _begin(slot, source, target)
+    keys = _cli(source, "CLUSTER", "GETKEYSINSLOT", str(slot), "100").split()
     if keys:
-        cli(source, "MIGRATE", "127.0.0.1", str(target), "", "0", "5000", "KEYS", *keys)
+        _cli(source, "MIGRATE", "127.0.0.1", str(target), "", "0", "5000", "KEYS", *keys)
     for node in nodes:
-        cli(node.port, "CLUSTER", "SETSLOT", str(slot), "NODE", ids[target])
+        _cli(node.port, "CLUSTER", "SETSLOT", str(slot), "NODE", ids[1])
+
+
+def _cli(port: int, *args: str) -> str:
+    command = ["redis-cli", "-p", str(port), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
