@@ -103,6 +103,9 @@ def make(options: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         spec = options(*args, **kwargs)
     except TypeError as error:
         raise SetupError(f"{name}: {error}", code="MS120", where=caller()) from error
+    except SetupError as error:
+        error.where = error.where or caller()
+        raise
     for field, wanted in _plain_fields(type(spec)):
         value = getattr(spec, field)
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):

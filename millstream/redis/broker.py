@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Unpack, cast
+from urllib.parse import urlsplit, urlunsplit
 
 from redis.asyncio import Redis
+from redis.retry import AbstractRetry
 
 from ..broker import Broker, BrokerOptions, split_options
 from ..endpoints import Endpoints, Route, RoutePublisher, Router, asks, declares, produces, sends
+from ..errors import SetupError
 from ..security import BaseSecurity, without_secrets
 from .connection import (
     ClusterNetwork,
     Network,
+    checked,
     cluster,
     security_options,
     sentinel,
     server,
 )
 from .driver import RedisDriver
-from .formats import MessageFormat
+from .formats import MessageFormat, check_format
 from .options import RedisPublication, RedisPublish, RedisRequest, RedisSubscription
+
+#: Where a server is by default.
+LOCAL = "redis://localhost:6379"
 
 
 class RedisConnect(BrokerOptions, total=False):
@@ -36,7 +44,7 @@ class RedisConnect(BrokerOptions, total=False):
             is gone; 5.
         socket_connect_timeout: seconds for one attempt to connect; 5.
         health_check_interval: seconds of silence after which the server is asked for a sign of
-            life; 10.
+            life; 10. 0 for never: then a connection that is silent may be broken unnoticed.
         host, port, db, username, password, client_name, credential_provider, ssl and the
             ``ssl_...`` options, unix_socket_path, socket_keepalive, socket_keepalive_options,
             socket_read_size, protocol, encoding, encoding_errors: as redis-py takes them.
@@ -130,14 +138,23 @@ class _RedisBroker(RedisEndpoints, Broker):
         network: type[Network] = Network,
     ) -> None:
         """Make the driver; ``make`` gives redis-py's client for its options."""
-        options, common = split_options(options, RedisConnect, type(self).__name__)
-        own = {key: options.pop(key) for key in _OWN if key in options}
-        client_options = {k: v for k, v in options.items() if v is not None and k != "security"}
-        client_options |= security_options(options.get("security"))
+        given, common = split_options(options, RedisConnect, type(self).__name__)
+        client_options = {k: v for k, v in given.items() if v is not None and k != "security"}
+        if isinstance(common.get("retry"), AbstractRetry):  # redis-py's has the same name
+            client_options["retry"] = common.pop("retry")
+        client_options |= security_options(given.get("security"))
+        own = {key: client_options.pop(key) for key in _OWN if key in client_options}
+        for key in ("reconnect_max", "socket_timeout", "socket_connect_timeout"):
+            if (client_options | own).get(key, 1) <= 0:
+                raise SetupError(f"{key}={given[key]}", fix="give seconds, more than 0")
+        if own.get("health_check_interval", 0) < 0:
+            raise SetupError("a negative health_check_interval", fix="give seconds; 0 for never")
+        if (format := own.get("message_format")) is not None:
+            check_format(format)
         client_options.setdefault("protocol", 2)
         client_options.setdefault("socket_connect_timeout", 5.0)
-        # The driver keeps the time itself; a read may wait for something new.
-        client_options["socket_timeout"] = None
+        client_options["socket_timeout"] = own.setdefault("socket_timeout", 5.0)
+        own["health_check_interval"] = own.get("health_check_interval", 10.0) or math.inf
         make(dict(client_options))  # a wrong option is told now
 
         def reach(wire: dict[str, Any], changed: Callable[[bool, str], None]) -> Network:
@@ -166,26 +183,13 @@ class RedisBroker(_RedisBroker):
         options: see :class:`RedisConnect` and :class:`millstream.broker.BrokerOptions`.
     """
 
-    def __init__(
-        self, url: str = "redis://localhost:6379", **options: Unpack[RedisConnect]
-    ) -> None:
+    def __init__(self, url: str = LOCAL, **options: Unpack[RedisConnect]) -> None:
         given = cast(dict[str, Any], dict(options))
         path = given.pop("unix_socket_path", None)
-        url = f"unix://{path}" if path else url
-        host, port = given.pop("host", None), given.pop("port", None)
-        if host is not None or port is not None:
-            url = _moved(url, host, port)
-        if given.pop("ssl", False) and url.startswith("redis:"):
-            url = "rediss:" + url.removeprefix("redis:")
-
-        def make(options: dict[str, Any]) -> Any:
-            kind = options.pop("connection_class", None)
-            client = server(url, options)
-            if kind is not None:
-                client.connection_pool.connection_class = kind
-            return client
-
-        self._begin(without_secrets(url), given, make)
+        url = f"unix://{path}" if path else _moved(url, given)
+        self._begin(
+            without_secrets(url), given, lambda options: server(_tls(url, options), options)
+        )
 
 
 class RedisClusterBroker(_RedisBroker):
@@ -199,17 +203,28 @@ class RedisClusterBroker(_RedisBroker):
 
     def __init__(
         self,
-        url: str = "redis://localhost:6379",
+        url: str = LOCAL,
         *,
         startup_nodes: Sequence[tuple[str, int]] | None = None,
         **options: Unpack[RedisConnect],
     ) -> None:
         given = cast(dict[str, Any], dict(options))
-
-        def make(options: dict[str, Any]) -> Any:
-            return cluster(url, startup_nodes, options)
-
-        self._begin(f"{without_secrets(url)} (cluster)", given, make, ClusterNetwork)
+        if given.pop("db", None):
+            raise SetupError("a cluster has one database", fix="leave out db=")
+        if given.get("unix_socket_path"):
+            raise SetupError(
+                "a cluster is reached by no socket", fix="name a node: url='redis://...'"
+            )
+        nodes = list(startup_nodes or ())
+        if nodes and url == LOCAL:
+            url = _moved(url, {"host": nodes[0][0], "port": nodes[0][1]})
+        url = _moved(url, given)
+        self._begin(
+            f"{without_secrets(url)} (cluster)",
+            given,
+            lambda options: cluster(_tls(url, options), nodes, options),
+            ClusterNetwork,
+        )
 
 
 class RedisSentinelBroker(_RedisBroker):
@@ -231,25 +246,44 @@ class RedisSentinelBroker(_RedisBroker):
         **options: Unpack[RedisConnect],
     ) -> None:
         given = cast(dict[str, Any], dict(options))
-        where = ", ".join(f"{host}:{port}" for host, port in sentinels)
+        for name in ("host", "port", "unix_socket_path"):
+            if given.get(name) is not None:
+                raise SetupError(f"{name}= of a server that Sentinel names", fix="leave it out")
+        try:
+            where = ", ".join(f"{host}:{port:d}" for host, port in sentinels)
+        except (TypeError, ValueError):
+            where = ""
+        if not where:
+            raise SetupError(
+                f"sentinels={sentinels!r}", fix="give (host, port) of each: [('localhost', 26379)]"
+            )
+        self._begin(
+            f"{sentinel_master_name} of sentinel {where}",
+            given,
+            lambda options: sentinel(
+                sentinels, sentinel_master_name, sentinel_kwargs or {}, options
+            ),
+        )
 
-        def make(options: dict[str, Any]) -> Any:
-            kind = options.pop("connection_class", None)
-            if kind is not None:
-                options["ssl"] = True
-            return sentinel(sentinels, sentinel_master_name, sentinel_kwargs or {}, options)
 
-        self._begin(f"{sentinel_master_name} of sentinel {where}", given, make)
+def _moved(url: str, given: dict[str, Any]) -> str:
+    """An address with the host and port that were given beside it."""
+    if not isinstance(url, str):
+        raise SetupError(f"url={url!r}", fix=f"write {LOCAL}")
+    host, port = given.pop("host", None), given.pop("port", None)
+    if host is None and port is None:
+        return url
+    with checked(url):
+        parts = urlsplit(url)
+        login = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
+        place = f"{login}{host or parts.hostname or 'localhost'}:{port or parts.port or 6379}"
+        return urlunsplit(parts._replace(netloc=place))
 
 
-def _moved(url: str, host: str | None, port: int | None) -> str:
-    """An address with another host or port."""
-    from urllib.parse import urlsplit, urlunsplit
-
-    parts = urlsplit(url)
-    login = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
-    place = f"{login}{host or parts.hostname or 'localhost'}:{port or parts.port or 6379}"
-    return urlunsplit(parts._replace(netloc=place))
+def _tls(url: str, options: dict[str, Any]) -> str:
+    """An address that says itself whether TLS is spoken there."""
+    secured = options.pop("ssl", False) and url.startswith("redis:")
+    return "rediss:" + url.removeprefix("redis:") if secured else url
 
 
 __all__ = [

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import ssl
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from redis.asyncio import Redis, RedisCluster, Sentinel
+from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import AbstractConnection, ConnectionPool, SSLConnection
+from redis.asyncio.sentinel import SentinelManagedConnection
 from redis.exceptions import (
     AskError,
     AuthenticationError,
@@ -19,6 +22,7 @@ from redis.exceptions import (
     NoPermissionError,
     RedisClusterException,
     RedisError,
+    ResponseError,
     TryAgainError,
 )
 
@@ -28,6 +32,8 @@ from .wire import BROKEN, Wire, drop, read, reason_of
 
 #: What a node says that does not have a slot, or not yet.
 MOVED = (MovedError, AskError, ClusterDownError, TryAgainError, MasterDownError)
+#: What a server says to the wrong number of a database.
+_NO_DATABASE = ("invalid DB index", "DB index is out of range", "value is not an integer")
 Changed = Callable[[bool, str], None]
 
 
@@ -43,24 +49,23 @@ def security_options(security: BaseSecurity | None) -> dict[str, Any]:
     if login := password_of(security, "Redis"):
         options = {"username": login.username, "password": login.password}
     if security.use_ssl:
-        options["connection_class"] = ContextConnection
-        if security.ssl_context is not None:
-            options["ssl_context"] = security.ssl_context
+        options |= {"ssl": True, "ssl_context": security.ssl_context}
     return options
 
 
 class ContextConnection(SSLConnection):
     """A TLS connection by a given ``ssl.SSLContext``, which redis-py does not take."""
 
-    def __init__(self, *, ssl_context: ssl.SSLContext | None = None, **options: Any) -> None:
+    def __init__(self, *, ssl_context: ssl.SSLContext, **options: Any) -> None:
         super().__init__(**options)
         self._given = ssl_context
 
     def _connection_arguments(self) -> dict[str, Any]:
-        arguments = dict(super()._connection_arguments())
-        if self._given is not None:
-            arguments["ssl"] = self._given
-        return arguments
+        return {**super()._connection_arguments(), "ssl": self._given}
+
+
+class WatchedContextConnection(SentinelManagedConnection, ContextConnection):
+    """The same, to where Sentinel says."""
 
 
 class Network:
@@ -85,6 +90,8 @@ class Network:
         """
         try:
             await self._start()
+        except RedisClusterException as error:  # it tells why by what it was raised from
+            raise explain(self.where, error.__cause__ or error) from error
         except (*BROKEN, RedisError) as error:
             raise explain(self.where, error) from error
 
@@ -100,9 +107,17 @@ class Network:
     def _wire_changed(self, wire: Wire, up: bool, reason: str) -> None:
         self._changed(up, reason)
 
-    def wire(self, key: str) -> Wire:
-        """The connection for a key's commands."""
+    def wire(self, key: str, node: str = "") -> Wire:
+        """The connection for a key's commands, or to a node; a KeyError if there is none yet."""
         return self._wires[""]
+
+    def node_of(self, error: ResponseError) -> str:
+        """The node that a command is to be sent to, this once; empty for one that is found anew.
+
+        Raises:
+            ResponseError: it has to be sent nowhere else.
+        """
+        raise error
 
     async def dedicated(self, key: str) -> AbstractConnection:
         """A connection of one's own to where a key is."""
@@ -126,16 +141,19 @@ class Network:
 
 
 async def _open(kind: Any, options: dict[str, Any]) -> AbstractConnection:
-    connection: AbstractConnection = kind(**options)
+    # Whatever redis-py's client of the application speaks: here replies are read as RESP2's.
+    connection: AbstractConnection = kind(**{**options, "protocol": 2, "encoding": "utf-8"})
     try:
         await connection.connect()  # type: ignore[no-untyped-call]
         # redis-py says nothing of a login that is missing, or of a server that still loads.
-        await connection.send_command("PING", check_health=False)
-        with suppress(NoPermissionError):
-            await read(connection)
+        async with asyncio.timeout(connection.socket_timeout):
+            await connection.send_command("PING", check_health=False)
+            with suppress(NoPermissionError):
+                await read(connection)
     except BaseException:
         await drop(connection)
         raise
+    connection.socket_timeout = None  # from now on each read has its own
     return connection
 
 
@@ -150,12 +168,13 @@ class ClusterNetwork(Network):
     def _node(self, key: str) -> Any:
         return self.client.get_node_from_key(key)
 
-    def wire(self, key: str) -> Wire:
-        name = self._node(key).name
-        wire = self._wires.get(name)
-        if wire is None:
-            raise KeyError(name)
-        return wire
+    def wire(self, key: str, node: str = "") -> Wire:
+        return self._wires[node or self._node(key).name]
+
+    def node_of(self, error: ResponseError) -> str:
+        if isinstance(error, AskError) and not isinstance(error, MovedError):
+            return f"{error.host}:{error.port}"
+        return ""
 
     async def dedicated(self, key: str) -> AbstractConnection:
         return await self._connect(self._node(key).name)
@@ -188,17 +207,26 @@ class ClusterNetwork(Network):
 
 def server(url: str, options: dict[str, Any]) -> Any:
     """redis-py's client of one server; nothing is connected yet."""
-    return _checked(url, lambda: Redis.from_url(url, **options))
+    own = _own(options, ContextConnection)
+    with checked(url):
+        client = Redis.from_url(url, **options)
+        _add(client.connection_pool, own)
+    return client
 
 
-def cluster(url: str, nodes: Sequence[tuple[str, int]] | None, options: dict[str, Any]) -> Any:
+def cluster(url: str, nodes: Sequence[tuple[str, int]], options: dict[str, Any]) -> Any:
     """redis-py's client of a cluster."""
-    from redis.asyncio.cluster import ClusterNode
-
-    options.pop("db", None)
-    if nodes:
-        options["startup_nodes"] = [ClusterNode(host, port) for host, port in nodes]
-    return _checked(url, lambda: RedisCluster.from_url(url, **options))
+    own = _own(options, ContextConnection)
+    known = inspect.signature(RedisCluster).parameters
+    own |= {key: options.pop(key) for key in options.keys() - known}
+    with checked(url):
+        if nodes:
+            options["startup_nodes"] = [ClusterNode(host, port) for host, port in nodes]
+        client = RedisCluster.from_url(url, **options)
+        for node in client.startup_nodes:
+            _add(node, own)
+    client.connection_kwargs.update(own)  # of the nodes that it gets to know
+    return client
 
 
 def sentinel(
@@ -208,20 +236,47 @@ def sentinel(
     options: dict[str, Any],
 ) -> Any:
     """redis-py's client of the server that Sentinel calls the master."""
+    own = _own(options, WatchedContextConnection)
+    kind = own.get("connection_class", SentinelManagedConnection)
+    if not issubclass(kind, SentinelManagedConnection):
+        raise SetupError(
+            f"connection_class={kind.__name__} asks no sentinel",
+            fix="derive it from redis.asyncio.sentinel.SentinelManagedConnection",
+        )
     timeouts = {"socket_timeout": 2.0, "protocol": 2}
-    watched = Sentinel(  # type: ignore[no-untyped-call]
-        list(sentinels), sentinel_kwargs={**timeouts, **sentinel_options}
-    )
-    return watched.master_for(master, **options)
+    with checked(f"sentinel {master}"):
+        watched = Sentinel(  # type: ignore[no-untyped-call]
+            list(sentinels), sentinel_kwargs={**timeouts, **sentinel_options}
+        )
+        client = watched.master_for(master, **options)
+        _add(client.connection_pool, own)
+    return client
 
 
-def _checked(url: str, make: Callable[[], Any]) -> Any:
+def _own(options: dict[str, Any], secured: type) -> dict[str, Any]:
+    """Take what only connections know out of the options of a redis-py client."""
+    context, kind = options.pop("ssl_context", None), options.pop("connection_class", None)
+    own = {} if context is None else {"ssl_context": context, "connection_class": secured}
+    return own if kind is None else {**own, "connection_class": kind}
+
+
+def _add(place: Any, own: dict[str, Any]) -> None:
+    """Have a pool or node make its connections with further options, and try one."""
+    place.connection_kwargs.update(own)
+    place.connection_class = place.connection_kwargs.pop("connection_class", place.connection_class)
+    place.connection_class(**place.connection_kwargs)
+
+
+@contextmanager
+def checked(url: str) -> Iterator[None]:
+    """What redis-py says of options is a :class:`SetupError`."""
     try:
-        return make()
-    except (ValueError, TypeError) as error:
+        yield
+    except (ValueError, TypeError, RedisError, RedisClusterException) as error:
         raise SetupError(
             f"{without_secrets(url)!r}: {error}",
-            fix="write redis://localhost:6379/0 (or rediss://, unix:///path)",
+            fix="write redis://localhost:6379/0 (or rediss://, unix:///path), and the options as "
+            "redis-py's connections take them",
         ) from error
 
 
@@ -233,6 +288,6 @@ def explain(where: str, error: BaseException) -> ConnectError:
         return ConnectError(f"{where}: {reason}", permanent=True)
     if fault := tls_fault(error):
         return ConnectError(f"{where}: {fault}", permanent=True)
-    if "invalid DB index" in text or "DB index is out of range" in text:
+    if any(words in text for words in _NO_DATABASE):
         return ConnectError(f"{where}: {reason_of(error)}", permanent=True)
     return ConnectError(f"{where}: {reason_of(error)}")

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import (
+    AskError,
     NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
@@ -21,7 +22,7 @@ from redis.exceptions import (
 )
 
 from ..address import AddressSyntax
-from ..base import BaseDriver, Questions, disconnected, not_yet_connected
+from ..base import BaseDriver, Questions, disconnected, not_yet_connected, reconnect_delay
 from ..clock import Clock
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import (
@@ -36,17 +37,19 @@ from ..errors import (
 from ..message import Message
 from .connection import MOVED, Network, explain
 from .flow import ChannelFlow, Flow, log
-from .formats import MessageFormat, PlainMessageFormat
+from .formats import MessageFormat, PlainMessageFormat, check_format
 from .groups import Groups
 from .letters import RedisLetters
 from .lists import ListFlow
 from .message import DATA, STREAM, Entry, RedisChannelMessage
-from .options import SYNTAX, RedisPublish, RedisSubscription, plain_name, split
+from .options import SYNTAX, RedisPublish, RedisSubscription, check_trimming, plain_name, split
 from .streams import GroupFlow, StreamFlow
 from .wire import Lost, Script, reason_of
 
 #: Bytes of the largest value (redis.io, proto-max-bulk-len).
 LARGEST = 512 * 1024 * 1024
+#: No header can have this name.
+_BODY = DATA.decode()
 #: Seconds for which a read waits at the server for something new, at most.
 BLOCK = 5.0
 #: Seconds between two looks whether there is room for more.
@@ -188,12 +191,7 @@ class RedisDriver(BaseDriver):
 
     def refusal(self, what: str, error: Exception) -> SetupError:
         """What a refused subscription is called here."""
-        reason, fix = str(error), ""
-        if isinstance(error, NoPermissionError):
-            fix = "grant the user the command and the key (docs/redis.md, Security)"
-        elif "WRONGTYPE" in reason:
-            fix = "another kind of value is stored there: use another name"
-        return SetupError(f"{what}: the server refuses: {reason}", fix=fix)
+        return SetupError(f"{what}: the server refuses: {error}", fix=advice_for(error))
 
     async def _look(self) -> None:
         while True:
@@ -231,33 +229,37 @@ class RedisDriver(BaseDriver):
 
     async def _once(self, key: str, args: tuple[Any, ...], end: float) -> Any:
         """Carry out a command; :class:`Lost` if the connection broke meanwhile."""
-        while True:
+        node = ""  # where it is asked for this once, while its slot moves
+        for attempt in itertools.count():
             network = self._connected()
             try:
-                wire = network.wire(key)
+                wire = network.wire(key, node)
             except KeyError:
-                await self._refreshed(network, end)
+                await self._refreshed(network, attempt, end)
                 continue
             if not wire.up.is_set() or wire.full:
                 await self._wait(wire, end)
                 continue
+            if node:
+                wire.tell("ASKING")
             future = wire.ask(*args)
             timer = asyncio.get_running_loop().call_later(
                 max(end - time.monotonic(), 0.001), _late, future
             )
             try:
                 return await future
-            except MOVED:
-                await self._refreshed(network, end)
-                return await network.client.execute_command(*args)
+            except MOVED as error:  # it was not carried out
+                node = network.node_of(error)
+                if not node:
+                    await self._refreshed(network, attempt, end)
             finally:
                 timer.cancel()
 
-    async def _refreshed(self, network: Network, end: float) -> None:
+    async def _refreshed(self, network: Network, attempt: int, end: float) -> None:
         if time.monotonic() >= end:
             raise self._away("the cluster has no node for it")
         await network.refresh()
-        await asyncio.sleep(ROOM)
+        await asyncio.sleep(max(reconnect_delay(attempt, self.cap), ROOM))
 
     async def _wait(self, wire: Any, end: float) -> None:
         left = end - time.monotonic()
@@ -342,6 +344,8 @@ class RedisDriver(BaseDriver):
         if reply_to:
             headers = {**(headers or {}), "reply_to": reply_to}
         format = command.message_format or self.message_format
+        if format is not None:
+            check_format(format)
         if len(data) > self.largest:
             raise MessageTooLarge(
                 f"{len(data):,} bytes for {command.destination!r}: the server takes "
@@ -351,8 +355,10 @@ class RedisDriver(BaseDriver):
             fields: list[Any] = [DATA, data]
             if format is not None and not issubclass(format, PlainMessageFormat):
                 fields = [DATA, format.encode(data, headers or {})]
-            else:
-                for header in (headers or {}).items():
+            elif headers:
+                if _BODY in headers:
+                    raise SetupError(f"a header {_BODY!r}", fix="that is the field of the body")
+                for header in headers.items():
                     fields += header
             return name, ("XADD", name, *_trim(*command.trimming), "*", *fields)
         value = (format or PlainMessageFormat).encode(data, headers or {})
@@ -389,14 +395,14 @@ class RedisDriver(BaseDriver):
             except OutOfMemoryError as error:
                 raise PublishError(f"{key!r} was not stored: {error}") from error
             except ResponseError as error:
-                hint = ""
-                if "WRONGTYPE" in str(error):
-                    hint = "; another kind of value is stored under that name"
+                hint = f"; {advice}" if (advice := advice_for(error)) else ""
                 raise PublishError(f"{key!r} was not published: {error}{hint}") from error
 
     async def request(
         self, command: RedisPublish, data: bytes, headers: dict[str, str] | None, timeout: float
     ) -> Entry:
+        if command.pipeline is not None:
+            raise SetupError("a request in a pipeline", fix="leave out pipeline=, or publish")
         end = asyncio.get_running_loop().time() + timeout
         inbox = await self._open_inbox(timeout)
         reply_to = f"{inbox}{next(self._questions):x}"
@@ -444,6 +450,17 @@ class RedisDriver(BaseDriver):
         return RedisLetters(self, plain_name(address))
 
 
+def advice_for(error: Exception) -> str:
+    """What to do about an error of the server; empty where that is plain."""
+    if isinstance(error, NoPermissionError):
+        return "grant the user the command and the key (docs/redis.md, Security)"
+    if isinstance(error, AskError):  # and MovedError
+        return "the server is part of a cluster: use RedisClusterBroker"
+    if "WRONGTYPE" in str(error):
+        return "another kind of value is stored under that name: use another one"
+    return ""
+
+
 def literal(address: str) -> str:
     """A name that a stream can have, from an address that may be a pattern."""
     return re.sub(r"[{}]", "", plain_name(address)).replace("*", "any")
@@ -451,6 +468,7 @@ def literal(address: str) -> str:
 
 def _trim(maxlen: int | None, max_age: float | None) -> tuple[Any, ...]:
     if maxlen is not None:
+        check_trimming(maxlen, max_age)
         return ("MAXLEN", "~", maxlen)
     if max_age is not None:
         return ("MINID", "~", int((time.time() - max_age) * 1000))

@@ -24,6 +24,8 @@ log = logging.getLogger("millstream.redis")
 
 #: Messages that are read at once, at most, where nobody says it.
 MOST = 256
+#: Seconds before something that the server refused for the moment is tried again.
+PAUSE = 0.1
 
 
 class Flow(BaseIntake):
@@ -77,6 +79,7 @@ class Flow(BaseIntake):
                     self._fail(self.driver.refusal(self.where, error))
                     return
                 log.debug("%s: %s", self.where, error)
+                await asyncio.sleep(PAUSE)
             except (*BROKEN, RedisError, Lost) as error:
                 if self._begun is not None and not self._begun.done():
                     self._begun.set_exception(self.driver.explain(error))

@@ -7,10 +7,15 @@ understand each other. In a stream each header is a field of the entry.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
+
+from ..errors import EncodeError, MessageTooLarge, SetupError
 
 #: How an envelope begins; no text and no JSON does.
 MAGIC = b"\x89BIN\x0d\x0a\x1a\x0a"
@@ -31,6 +36,24 @@ class MessageFormat:
     def parse(cls, data: bytes) -> tuple[bytes, dict[str, str]]:
         """The body and the headers of a value that was received."""
         raise NotImplementedError
+
+
+def _check_format(format: Any) -> None:
+    if not (isinstance(format, type) and issubclass(format, MessageFormat)):
+        raise SetupError(
+            f"message_format={format!r}", fix="give a class that derives from MessageFormat"
+        )
+    try:
+        inspect.signature(format.encode).bind(b"", {})
+    except TypeError as error:
+        raise SetupError(
+            f"{format.__name__}.encode: {error}",
+            fix="write def encode(cls, body, headers) -> bytes",
+        ) from error
+
+
+#: Raises a :class:`SetupError` for what is no message format; looks at each class once.
+check_format: Callable[[Any], None] = functools.cache(_check_format)
 
 
 class BinaryMessageFormatV1(MessageFormat):
@@ -70,7 +93,13 @@ class JSONMessageFormat(MessageFormat):
 
     @classmethod
     def encode(cls, body: bytes, headers: Mapping[str, str]) -> bytes:
-        return msgspec.json.encode({"data": body.decode(), "headers": dict(headers)})
+        try:
+            text = body.decode()
+        except UnicodeDecodeError as error:
+            raise EncodeError(
+                f"the body is no text ({error}): JSONMessageFormat carries nothing else"
+            ) from error
+        return msgspec.json.encode({"data": text, "headers": dict(headers)})
 
     @classmethod
     def parse(cls, data: bytes) -> tuple[bytes, dict[str, str]]:
@@ -83,7 +112,14 @@ class JSONMessageFormat(MessageFormat):
 
 
 def _text(text: str) -> bytes:
-    data = text.encode()
+    try:
+        data = text.encode()
+    except AttributeError:
+        raise EncodeError(f"a header of {text!r}, which is no text") from None
+    if len(data) > 0xFFFF:
+        raise MessageTooLarge(
+            f"a header of {len(data):,} bytes, {text[:40]!r} …: an envelope takes 65,535 at most",
+        )
     return _SHORT.pack(len(data)) + data
 
 

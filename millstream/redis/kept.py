@@ -19,7 +19,7 @@ from ..ack import Settlement
 from ..base import Window, reconnect_delay
 from ..driver import CANCELLED
 from ..errors import MillstreamError
-from .flow import MOST, Flow, gone, log
+from .flow import MOST, PAUSE, Flow, gone, log
 from .message import Entry
 from .options import sibling
 from .wire import BROKEN, Lost, cut, reason_of
@@ -28,8 +28,6 @@ from .wire import BROKEN, Lost, cut, reason_of
 BEAT = 1.0
 #: Seconds that the server may take to end a read that waits.
 LEAVE = 0.5
-#: Seconds before something that failed is tried again.
-PAUSE = 0.1
 #: Seconds for which the note is kept that a message's last attempt began.
 NOTES = 7 * 86_400
 #: What an answer that does not come is called.

@@ -8,7 +8,8 @@ from typing import Any
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
 
-from .kept import PAUSE, Kept
+from .flow import PAUSE
+from .kept import Kept
 from .message import Entry, open_value
 from .options import sibling
 from .scripts import (

@@ -12,7 +12,7 @@ from ..address import Address, AddressSyntax, MatchedAddress
 from ..driver import Batch, Capability, PublicationSpec, PublishCommand, SubscriptionSpec
 from ..errors import AddressError, SetupError
 from ..message import Message
-from .formats import MessageFormat
+from .formats import MessageFormat, check_format
 from .message import (
     LIST,
     STREAM,
@@ -23,6 +23,8 @@ from .message import (
 
 #: Seconds without a sign of life after which a process counts as dead.
 ACK_WAIT = 15.0
+#: Where reading a stream can begin.
+_PLACE = re.compile(r"[$>]|\d+(-\d+)?")
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
@@ -125,7 +127,7 @@ class StreamSub(msgspec.Struct, frozen=True):
         no_ack: a group without acknowledgements, at most once.
         last_id: where reading begins: by default a new group begins with the oldest entry, and
             a reader without a group with the next one. ``$`` is the next one, ``0`` the oldest.
-        maxlen: entries that are kept about when this application publishes to the stream.
+        maxlen: entries that are kept about where this is what is published to.
         max_records: entries that are read at once; of a batch, its size.
         min_idle_time: only take over entries that another consumer left for so many
             milliseconds, and read none that is new.
@@ -134,7 +136,7 @@ class StreamSub(msgspec.Struct, frozen=True):
             that is not Millstream's, which gives no signs of life; a minute by default.
         ack_wait: seconds without a sign of life after which a process counts as dead, and its
             entries go to another one.
-        max_age: seconds for which entries are kept about.
+        max_age: seconds for which entries are kept about, instead of their number.
     """
 
     stream: str
@@ -179,14 +181,10 @@ class RedisSubscription(RedisOptions, frozen=True):
     channel: str | PubSub | None = None
 
     def __post_init__(self) -> None:
-        channel = self.channel
-        if isinstance(channel, str) and channel.startswith((STREAM, LIST)):
-            kind, name = ("stream", channel[len(STREAM) :]), ("list", channel[len(LIST) :])
-            key, value = kind if channel.startswith(STREAM) else name
-            if getattr(self, key) is None:
-                msgspec.structs.force_setattr(self, key, value)
-            if self.destination == channel:  # named twice, or here only
-                msgspec.structs.force_setattr(self, "channel", None)
+        kind, name = split(self.destination)
+        if kind != "channel" and self.channel is not None:  # an address that says its kind
+            msgspec.structs.force_setattr(self, "channel", None)
+            msgspec.structs.force_setattr(self, kind, name)
         sub = self.stream_sub or self.list_sub
         if sub is not None and sub.batch and self.batch is None:
             wait = sub.polling_interval if isinstance(sub, ListSub) else 0.1
@@ -226,12 +224,7 @@ class RedisSubscription(RedisOptions, frozen=True):
 
     @property
     def destination(self) -> str:
-        if stream := self.stream_sub:
-            return STREAM + stream.stream
-        if list_ := self.list_sub:
-            return LIST + list_.list_name
-        channel = self.channel_sub
-        return channel.channel if channel is not None else ""
+        return address_of(self.channel, self.list, self.stream)
 
     @property
     def envelope(self) -> type[Message[Any]]:
@@ -275,20 +268,32 @@ class RedisSubscription(RedisOptions, frozen=True):
         return super().prefetch
 
     def check(self) -> None:
-        given = [n for n in ("channel", "list", "stream") if getattr(self, n) is not None]
-        if len(given) != 1:
-            what = " and ".join(given) or "neither channel nor list nor stream"
-            raise SetupError(f"a subscription to {what}", fix="name exactly one of the three")
-        if not self.name:
-            raise SetupError(f"the {given[0]} has no name", fix=f"name it: {given[0]}='orders'")
+        check_place("a subscription to", self)
         SYNTAX.compile(self.destination)
         for sub in (self.stream_sub, self.list_sub):
             if sub is not None and sub.ack_wait <= 0:
                 raise SetupError(f"ack_wait={sub.ack_wait}", fix="give seconds, more than 0")
+        if list_ := self.list_sub:
+            check_least(1, max_records=list_.max_records)
+            check_least(0, polling_interval=list_.polling_interval)
         if stream := self.stream_sub:
             for option in ("consumer", "no_ack", "min_idle_time", "claim_min_idle_time"):
                 if getattr(stream, option) and stream.group is None:
                     raise SetupError(f"{option} without a group", fix="name the group=")
+            if stream.group is not None and not (isinstance(stream.group, str) and stream.group):
+                raise SetupError(f"group={stream.group!r}", fix="give the group a name")
+            check_trimming(stream.maxlen, stream.max_age)
+            check_least(1, max_records=stream.max_records)
+            check_least(
+                0,
+                min_idle_time=stream.min_idle_time,
+                claim_min_idle_time=stream.claim_min_idle_time,
+            )
+            if stream.last_id is not None and not _PLACE.fullmatch(stream.last_id):
+                raise SetupError(
+                    f"last_id={stream.last_id!r}",
+                    fix="give '$' (what comes), '0' (all that is there) or an entry's id",
+                )
             if stream.min_idle_time is not None and stream.no_ack:
                 raise SetupError("min_idle_time with no_ack", fix="leave out one of them")
             if stream.last_id == ">" and stream.group is None:
@@ -332,13 +337,18 @@ class RedisPublication(PublicationSpec, frozen=True):
         return isinstance(self.list, ListSub) and self.list.batch
 
     def check(self) -> None:
-        given = [n for n in ("channel", "list", "stream") if getattr(self, n) is not None]
-        if len(given) != 1:
-            what = " and ".join(given) or "neither channel nor list nor stream"
-            raise SetupError(f"a publication to {what}", fix="name exactly one of the three")
-        if isinstance(self.channel, PubSub) and self.channel.is_pattern:
+        check_place("a publication to", self)
+        check_trimming(self.maxlen, self.max_age)
+        trims = self.maxlen is not None or self.max_age is not None
+        if trims and split(self.destination)[0] != "stream":
             raise SetupError(
-                f"nobody can publish to a pattern: {self.channel.channel!r}", fix="name a channel"
+                f"maxlen or max_age of {self.destination!r}, which is no stream",
+                fix="only streams keep messages: leave it out",
+            )
+        channel = PubSub(self.channel) if isinstance(self.channel, str) else self.channel
+        if channel is not None and channel.is_pattern:
+            raise SetupError(
+                f"nobody can publish to a pattern: {channel.channel!r}", fix="name a channel"
             )
 
 
@@ -405,12 +415,63 @@ class RedisRequest(RedisPublish, kw_only=True):
 def address_of(
     channel: str | PubSub | None, list: str | ListSub | None, stream: str | StreamSub | None
 ) -> str:
-    """The address of whichever is given."""
+    """The address of whichever is given; empty without any.
+
+    Raises:
+        SetupError: more than one is given, or something else than a name.
+    """
+    if list is None and stream is None:
+        return channel if isinstance(channel, str) else _named("", channel, PubSub, "channel")
+    if channel is not None or (list is not None and stream is not None):
+        given = {"channel": channel, "list": list, "stream": stream}
+        names = " and ".join(name for name, value in given.items() if value is not None)
+        raise SetupError(f"{names} at once", fix="name exactly one of the three")
     if stream is not None:
-        return STREAM + (stream if isinstance(stream, str) else stream.stream)
-    if list is not None:
-        return LIST + (list if isinstance(list, str) else list.list_name)
-    return channel if isinstance(channel, str) else channel.channel if channel is not None else ""
+        return (
+            STREAM + stream
+            if isinstance(stream, str)
+            else _named(STREAM, stream, StreamSub, "stream")
+        )
+    return LIST + list if isinstance(list, str) else _named(LIST, list, ListSub, "list")
+
+
+def _named(prefix: str, value: Any, kind: type[msgspec.Struct], option: str) -> str:
+    """The address of a value that is no text."""
+    if value is None:
+        return prefix
+    if not isinstance(value, kind):
+        raise SetupError(f"{option}={value!r}", fix=f"give {option}= a name, or a {kind.__name__}")
+    name = getattr(value, kind.__struct_fields__[0])
+    if not isinstance(name, str):
+        raise SetupError(f"{value!r} has no name", fix="a name is a text")
+    return prefix + name
+
+
+def check_place(what: str, spec: RedisSubscription | RedisPublication) -> None:
+    """Raise a :class:`SetupError` if a declaration names no place."""
+    kind, name = split(spec.destination)
+    if all(value is None for value in (spec.channel, spec.list, spec.stream)):
+        raise SetupError(
+            f"{what} neither channel nor list nor stream", fix="name exactly one of the three"
+        )
+    if not name:
+        raise SetupError(f"the {kind} has no name", fix=f"name it: {kind}='orders'")
+    if spec.message_format is not None:
+        check_format(spec.message_format)
+
+
+def check_trimming(maxlen: int | None, max_age: float | None) -> None:
+    """Raise a :class:`SetupError` if a stream cannot be trimmed like that."""
+    check_least(0, maxlen=maxlen, max_age=max_age)
+    if maxlen is not None and max_age is not None:
+        raise SetupError("maxlen and max_age at once", fix="Redis trims by one of them")
+
+
+def check_least(least: float, **options: float | None) -> None:
+    """Raise a :class:`SetupError` for numbers that are too small."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise SetupError(f"{name}={value}", fix=f"give {least} or more")
 
 
 def split(address: str) -> tuple[str, str]:

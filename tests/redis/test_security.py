@@ -6,14 +6,14 @@ import asyncio
 import shutil
 import ssl
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
-from millstream.errors import ConnectError, SetupError
+from millstream.errors import ConnectError, PublishError, SetupError
 from millstream.redis import (
     ListSub,
     RedisBroker,
@@ -126,18 +126,59 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-async def test_tls(certificates: Path) -> None:
+def tls_settings(certificates: Path) -> list[str]:
+    """What a server needs to speak TLS."""
     files = {"cert": "cert.pem", "key": "key.pem", "ca-cert": "ca.pem"}
     args = [w for n, f in files.items() for w in (f"--tls-{n}-file", str(certificates / f))]
+    return [*args, "--tls-auth-clients", "no"]
+
+
+def trusting(certificates: Path) -> BaseSecurity:
+    """TLS by a context of one's own."""
+    context = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
+    return BaseSecurity(ssl_context=context)
+
+
+async def test_tls(certificates: Path) -> None:
     ca = str(certificates / "ca.pem")
-    with RedisServer(args=[*args, "--tls-auth-clients", "no"], tls=True) as server:
+    with RedisServer(args=tls_settings(certificates), tls=True) as server:
         await works(RedisBroker(server.url, ssl_ca_certs=ca))
-        context = ssl.create_default_context(cafile=ca)
         plain = server.url.replace("rediss", "redis")
-        await works(RedisBroker(plain, security=BaseSecurity(ssl_context=context)))
+        await works(RedisBroker(plain, security=trusting(certificates)))
         await works(RedisBroker(plain, ssl=True, ssl_ca_certs=ca))
         wrong = RedisBroker(server.url, ssl_ca_certs=str(certificates / "other.pem"))
         assert "not trusted" in await keeps_out(wrong)
+
+
+async def test_tls_of_a_cluster(certificates: Path) -> None:
+    settings = [*tls_settings(certificates), *_node(), "--tls-cluster", "yes"]
+    ca = str(certificates / "ca.pem")
+    with RedisServer(args=settings, tls=True) as server:
+        async with Redis.from_url(server.url, ssl_ca_certs=ca) as admin:
+            await admin.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+
+            async def ready() -> bool:
+                return b"cluster_state:ok" in await admin.execute_command("CLUSTER", "INFO")
+
+            await eventually(ready)
+        plain = server.url.replace("rediss", "redis")
+        await works(RedisClusterBroker(server.url, ssl_ca_certs=ca))
+        await works(RedisClusterBroker(plain, ssl=True, ssl_ca_certs=ca))
+        await works(RedisClusterBroker(plain, security=trusting(certificates)))
+        strict = RedisClusterBroker(plain, security=SASLPlaintext("u", "s3cret", use_ssl=True))
+        assert "not trusted" in await keeps_out(strict)
+
+
+async def test_tls_of_what_a_sentinel_names(certificates: Path) -> None:
+    settings = tls_settings(certificates)
+    pairs = zip(settings[::2], settings[1::2], strict=True)
+    lines = ["tls-replication yes", *(f"{name[2:]} {value}" for name, value in pairs)]
+    with RedisServer(args=settings, tls=True) as master, Sentinel(master, lines) as sentinel:
+        where = [("127.0.0.1", sentinel.port)]
+        options: Any = {"sentinel_master_name": "main"}
+        ca = str(certificates / "ca.pem")
+        await works(RedisSentinelBroker(where, ssl=True, ssl_ca_certs=ca, **options))
+        await works(RedisSentinelBroker(where, security=trusting(certificates), **options))
 
 
 async def test_a_unix_socket(tmp_path: Path) -> None:
@@ -167,9 +208,9 @@ class Sentinel(RedisServer):
     name = "redis-sentinel"
     question = b"INFO server"
 
-    def __init__(self, master: RedisServer) -> None:
+    def __init__(self, master: RedisServer, settings: Sequence[str] = ()) -> None:
         super().__init__()
-        self.master = master
+        self.master, self.settings = master, settings
 
     def command(self, port: int) -> list[str]:
         config = self.folder / "sentinel.conf"
@@ -177,7 +218,7 @@ class Sentinel(RedisServer):
             f"port {port}\nbind 127.0.0.1\ndir {self.folder}\n"
             f"sentinel monitor main 127.0.0.1 {self.master.port} 1\n"
             "sentinel down-after-milliseconds main 500\n"
-            "sentinel failover-timeout main 2000\n"
+            "sentinel failover-timeout main 2000\n" + "\n".join(self.settings)
         )
         return [self.binary(), str(config), "--sentinel"]
 
@@ -185,8 +226,9 @@ class Sentinel(RedisServer):
 @pytest.fixture
 def watched() -> Iterator[tuple[RedisServer, RedisServer, Sentinel]]:
     """A master, its replica and a sentinel."""
-    with RedisServer() as master:
-        follow = ["--replicaof", f"127.0.0.1 {master.port}"]
+    at_once = ["--repl-diskless-sync-delay", "0"]
+    with RedisServer(args=at_once) as master:
+        follow = ["--replicaof", f"127.0.0.1 {master.port}", *at_once]
         with RedisServer(args=follow) as replica, Sentinel(master) as sentinel:
             yield master, replica, sentinel
 
@@ -274,6 +316,20 @@ async def test_a_cluster(cluster: list[RedisServer]) -> None:
         await works(RedisClusterBroker(cluster[0].url))
     nodes = [("127.0.0.1", node.port) for node in cluster]
     await works(RedisClusterBroker(cluster[0].url, startup_nodes=nodes))
+    await works(RedisClusterBroker(startup_nodes=nodes, protocol=3))
+    await works(RedisClusterBroker(host="127.0.0.1", port=cluster[1].port))
+
+
+async def test_what_is_no_cluster_and_what_is_one(
+    cluster: list[RedisServer], redis: Any, name: str
+) -> None:
+    for url, text in ((redis.url, "not enabled"), ("redis://127.0.0.1:1", "Connect call failed")):
+        with pytest.raises(ConnectError, match=text):
+            await RedisClusterBroker(url, startup_timeout=0.1).connect()
+    async with RedisBroker(cluster[0].url) as broker:
+        with pytest.raises(PublishError, match="RedisClusterBroker"):
+            for i in range(100):
+                await broker.publish(1, list=f"{name}-{i}")
 
 
 async def test_publications_find_their_nodes(
@@ -311,16 +367,49 @@ async def test_a_slot_that_moves_to_another_node(
     await eventually(lambda: sorted(got) == [1, 2, 3], 15)
 
 
-def _move(slot: int, source: int, target: int, nodes: list[RedisServer]) -> None:
-    def cli(port: int, *args: str) -> str:
-        command = ["redis-cli", "-p", str(port), *args]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+async def test_a_slot_that_is_on_its_way(
+    clustered: RedisClusterBroker, cluster: list[RedisServer]
+) -> None:
+    """What its old node has no more is asked of the new one, and read alike."""
+    name, got = unique(), list[int]()
 
-    ids = {node.port: cli(node.port, "CLUSTER", "MYID") for node in nodes}
-    cli(target, "CLUSTER", "SETSLOT", str(slot), "IMPORTING", ids[source])
-    cli(source, "CLUSTER", "SETSLOT", str(slot), "MIGRATING", ids[target])
-    keys = cli(source, "CLUSTER", "GETKEYSINSLOT", str(slot), "100").split()
+    @clustered.subscriber(stream=StreamSub(name, group="g"))
+    async def handler(body: int) -> None:
+        got.append(body)
+
+    await clustered.connect()
+    client: Any = clustered.client
+    slot, owner = client.keyslot(name), client.get_node_from_key(name)
+    target = next(node for node in cluster if node.port != owner.port)
+    ids = await asyncio.to_thread(_begin, slot, owner.port, target.port)
+    id = await clustered.publish(1, stream=name)
+    async with Redis.from_url(target.url) as new:
+        assert await new.execute_command("CLUSTER", "COUNTKEYSINSLOT", slot) == 1
+    found = [letter async for letter in clustered.driver.letters(f"stream://{name}").read()]
+    assert [(letter.id, letter.message.body) for letter in found] == [(id, b"1")]
+    for node in cluster:
+        await asyncio.to_thread(_cli, node.port, *("CLUSTER", "SETSLOT", str(slot), "NODE", ids[1]))
+    await clustered.start()
+    await eventually(lambda: got == [1], 15)
+
+
+def _begin(slot: int, source: int, target: int) -> tuple[str, str]:
+    """Begin to move a slot; the ids of both nodes."""
+    ids = _cli(source, "CLUSTER", "MYID"), _cli(target, "CLUSTER", "MYID")
+    _cli(target, "CLUSTER", "SETSLOT", str(slot), "IMPORTING", ids[0])
+    _cli(source, "CLUSTER", "SETSLOT", str(slot), "MIGRATING", ids[1])
+    return ids
+
+
+def _move(slot: int, source: int, target: int, nodes: list[RedisServer]) -> None:
+    ids = _begin(slot, source, target)
+    keys = _cli(source, "CLUSTER", "GETKEYSINSLOT", str(slot), "100").split()
     if keys:
-        cli(source, "MIGRATE", "127.0.0.1", str(target), "", "0", "5000", "KEYS", *keys)
+        _cli(source, "MIGRATE", "127.0.0.1", str(target), "", "0", "5000", "KEYS", *keys)
     for node in nodes:
-        cli(node.port, "CLUSTER", "SETSLOT", str(slot), "NODE", ids[target])
+        _cli(node.port, "CLUSTER", "SETSLOT", str(slot), "NODE", ids[1])
+
+
+def _cli(port: int, *args: str) -> str:
+    command = ["redis-cli", "-p", str(port), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()

@@ -325,12 +325,11 @@ async def test_declarations_that_cannot_work_say_why(broker: RedisBroker, name: 
         ({"stream": StreamSub(name, group="g", ack_wait=0)}, "ack_wait"),
         ({"stream": ""}, "has no name"),
     ):
-        subscriber: Any = broker.subscriber(**options)  # type: ignore[arg-type]
 
-        @subscriber
         async def handler(body: int) -> None: ...
 
         with pytest.raises(SetupError, match=text):
+            broker.subscriber(**options)(handler)  # type: ignore[arg-type]
             broker.compile()
         broker.subscribers.clear()
 
