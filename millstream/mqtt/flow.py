@@ -23,6 +23,7 @@ from .wire import (
     PUBCOMP,
     PUBREC,
     PUBREL,
+    QOS_2,
     V5,
     V311,
     Incoming,
@@ -64,7 +65,8 @@ class Flow(Feed, Line):
         self.kept = spec.kept and not driver.clean_session
         self.clean_first = self.clean = not self.kept
         self.expiry = int(spec.session_expiry or driver.session_expiry) if self.kept else 0
-        self.receive_maximum = min(spec.prefetch, 65_535) if spec.qos else None
+        ahead = spec.receive_maximum or driver.receive_maximum or spec.prefetch
+        self.receive_maximum = min(ahead, 65_535) if spec.qos else None
         #: Unsettled messages in the order they came by this connection.
         self._order: deque[Incoming] = deque()
         #: Unsettled messages that stepped out of that order, by their identifiers.
@@ -112,6 +114,14 @@ class Flow(Feed, Line):
 
     async def established(self, present: bool) -> None:
         spec, version = self.spec, self.settings.version
+        for wanted, missing in (
+            (spec.shared, "shared"),
+            (set("+#") & set(spec.filter), "wildcard"),
+        ):
+            if wanted and self.limits.get(f"{missing}_subscription_available") == 0:
+                raise SetupError(
+                    f"{spec.filter!r}: {self.settings.where} knows no {missing} subscriptions"
+                )
         if present and self._was_there and version == V311:
             return  # it is in the session, and would have its retained messages sent again
         options = spec.qos
@@ -233,7 +243,7 @@ class Flow(Feed, Line):
                 raw.done = True
 
     def _acknowledge(self, message: Incoming) -> None:
-        if message.flags & 4:
+        if message.flags & QOS_2:
             self._handled.add(message.mid)
             self._write(_PUBREC, message.mid)
         else:

@@ -13,7 +13,7 @@ from ..base import reconnect_delay
 from ..errors import ConnectError, NotConnected
 from ..security import tls_fault
 from .connection import Connection, Settings
-from .wire import FAREWELL, REASONS, TAKEN_OVER, V5, V311, Incoming, reason_of, write_connect
+from .wire import FAREWELL, REASONS, TAKEN_OVER, V5, V311, Incoming, reason_of, said, write_connect
 
 log = logging.getLogger("millstream.mqtt")
 
@@ -109,10 +109,13 @@ class Line:
         """
         await self._connect()
 
-    async def _connect(self) -> None:
+    def hello(self) -> bytes:
+        """CONNECT.
+
+        Raises:
+            ValueError: MQTT cannot say something of it.
+        """
         settings = self.settings
-        loop = asyncio.get_running_loop()
-        clean = self.clean if self._known else self.clean_first
         properties = {
             "session_expiry_interval": self.expiry or None,
             "receive_maximum": self.receive_maximum,
@@ -120,16 +123,20 @@ class Line:
             "request_response_information": 1,
             "user_property": settings.user_properties,
         }
-        hello = write_connect(
+        return write_connect(
             settings.version,
             self.client_id,
-            clean=clean,
+            clean=self.clean if self._known else self.clean_first,
             keepalive=settings.keepalive,
             username=settings.username,
             password=settings.password,
             properties=properties,
             will=self.will,
         )
+
+    async def _connect(self) -> None:
+        settings, hello = self.settings, self.hello()
+        loop = asyncio.get_running_loop()
         connection: Connection | None = None
         try:
             async with asyncio.timeout(settings.connect_timeout):
@@ -144,7 +151,7 @@ class Line:
                 connection.write(hello)
                 present, code, limits = await connection.welcome
                 if code:
-                    raise self._refused(code, limits.get("reason_string", ""))
+                    raise self._refused(code, said(limits))
                 connection.live(limits.get("server_keep_alive", settings.keepalive))
                 self._known = True
                 await self.established(present)
