@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .codec import as_decode_error, converter, decode_any, uses_pydantic
+from .codec import Codec, any_decoder, as_decode_error, converter, uses_pydantic
 from .errors import SetupError, SignatureError
 from .params import MISSING, Param
 from .signature import read_params
@@ -65,19 +65,24 @@ def reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
     return read
 
 
+def any_reader(codec: Codec, what: str = "the body") -> Callable[[Any], Any]:
+    """The function from one message to its body, by its content type; ``what`` names it."""
+    decode = any_decoder(codec)
+
+    def read(message: Any) -> Any:
+        try:
+            return decode(message.body, message.content_type)
+        except Exception as error:
+            raise as_decode_error(error, what) from error
+
+    return read
+
+
 def single_reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
     """The function from one message to its decoded body."""
     parts = reading_parts(site, type_, default)
     if parts is None:
-        codec, what = site.codec, _what(site)
-
-        def read_any(message: Any) -> Any:
-            try:
-                return decode_any(codec, message.body, message.content_type)
-            except Exception as error:
-                raise as_decode_error(error, what) from error
-
-        return read_any
+        return any_reader(site.codec, _what(site))
     decode, recover = parts
 
     def read(message: Any) -> Any:

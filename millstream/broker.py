@@ -31,7 +31,7 @@ from .publisher import Publication, Publisher
 from .reader import Reader
 from .retry import DeadLetter, Retry
 from .runner import AppValues
-from .sending import answer, requester, send_all, sender
+from .sending import Answers, answer, requester, send_all, sender
 from .spy import Probe
 from .subscriber import Subscriber
 from .subscription import Subscription
@@ -208,11 +208,6 @@ class Broker(Endpoints):
 
     # Publishing
 
-    @property
-    def default_codec(self) -> Codec:
-        """What bodies are written with where nothing else is said."""
-        return default_scope(self.codec).codec
-
     def _publish(self, command: PublishCommand, /) -> Coroutine[Any, Any, Any]:
         if self._send is None:
             raise self._not_connected("publish")
@@ -260,6 +255,7 @@ class Broker(Endpoints):
         own = self.inherited(scope)
         self._send = sender(self, own.codec, own.middlewares)
         self._ask = requester(self, own.codec, own.middlewares)
+        self.answers = Answers(self.driver, own.codec)
         self.publications = []
         errors: list[SetupError] = []
         declared = [(d, inside) for d, inside in self.walk(scope) if isinstance(d, Publisher)]

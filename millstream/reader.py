@@ -7,9 +7,9 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from .ack import Settlement
+from .body import any_reader
 from .driver import Capability
 from .message import Link, Message
-from .sending import body_reader
 from .subscription import Subscription, SubscriptionState
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Reader(Subscription):
         """Nothing but the options can be wrong: there is no handler."""
         self.spec.check()
         self.link = Link(self.broker.driver, self.spec, self.name)
-        self.link.decode = body_reader(self.spec.codec or self.scope.codec)
+        self.link.decode = any_reader(self.spec.codec or self.scope.codec)
 
     async def start(self) -> None:
         """Subscribe."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import killpoints
-from .codec import Codec, as_decode_error, decode_any
-from .driver import PublishCommand
+from .body import any_reader
+from .codec import Codec, Decode, as_decode_error
+from .driver import Driver, PublishCommand
 from .errors import RemoteError
 from .message import Link, Message
 from .middleware import Send, fold_publish
@@ -83,6 +85,24 @@ async def send_all(send: Send, commands: Sequence[PublishCommand]) -> list[Any]:
     return results
 
 
+class Answers:
+    """What the answers to a broker's requests are read with: it costs more to make than to use."""
+
+    def __init__(self, driver: Driver, codec: Codec) -> None:
+        #: What they have in common.
+        self.link = Link(driver, None)
+        self.link.decode = any_reader(codec)
+        self._codec = codec
+        self._known = functools.lru_cache(codec.decoder)
+
+    def decoder(self, type_: Any) -> Decode:
+        """A function from bytes to a value of ``type_``."""
+        try:
+            return self._known(type_)
+        except TypeError:  # an annotation that cannot be hashed
+            return self._codec.decoder(type_)
+
+
 async def answer(
     broker: Broker, ask: Send, command: PublishCommand, response_model: Any = None
 ) -> Any:
@@ -94,28 +114,14 @@ async def answer(
         RemoteError: the handler on the other side failed.
         DecodeError: the answer is not a ``response_model``.
     """
-    raw = await ask(command)
-    link, codec = Link(broker.driver, None), broker.default_codec
-    link.decode = body_reader(codec)
-    message: Message[Any] = broker.driver.reply_envelope()(raw, link)
+    raw, answers = await ask(command), broker.answers
+    message: Message[Any] = broker.driver.reply_envelope()(raw, answers.link)
     kind = message.headers.get("ms-error-type")
     if kind is not None:
         raise RemoteError(kind, message.headers.get("ms-error", ""))
     if response_model is None:
         return message
     try:
-        return codec.decoder(response_model)(message.body)
+        return answers.decoder(response_model)(message.body)
     except Exception as error:
         raise as_decode_error(error, "the answer") from error
-
-
-def body_reader(codec: Codec) -> Callable[[Message[Any]], Any]:
-    """Decodes a message by its content type."""
-
-    def read(message: Message[Any]) -> Any:
-        try:
-            return decode_any(codec, message.body, message.content_type)
-        except Exception as error:
-            raise as_decode_error(error, "the body") from error
-
-    return read
