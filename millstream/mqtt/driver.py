@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from ..base import BaseDriver, Questions, disconnected, not_yet_connected
@@ -14,6 +15,7 @@ from ..errors import (
     AddressError,
     CapabilityError,
     NoResponders,
+    NotConnected,
     PublishTimeout,
     RequestTimeout,
     SetupError,
@@ -35,7 +37,7 @@ from .options import (
     check_session_expiry,
 )
 from .outbox import Outbox, Receipt
-from .wire import V5, Incoming, reason_of, topic_bytes, write_subscribe
+from .wire import V5, Incoming, reason_of, topic_bytes, write_subscribe, write_unsubscribe
 
 log = logging.getLogger("millstream.mqtt")
 
@@ -76,6 +78,8 @@ class MqttDriver(BaseDriver):
     ) -> None:
         super().__init__(log, publish_timeout=publish_timeout)
         self.settings, self.client_id = settings, client_id
+        #: Whether it speaks MQTT 5, which has headers and reply topics.
+        self.v5 = settings.version == V5
         self.clean_session, self.session_expiry = clean_session, session_expiry
         topic_bytes(reply_prefix)
         check_session_expiry(session_expiry, "the broker")
@@ -95,11 +99,6 @@ class MqttDriver(BaseDriver):
         self.asked: Questions[str, Incoming] = Questions()
         self._inbox, self._questions = "", itertools.count(1)
         self._inbox_lock = asyncio.Lock()
-
-    @property
-    def v5(self) -> bool:
-        """Whether it speaks MQTT 5, which has headers and reply topics."""
-        return self.settings.version == V5
 
     # Life
 
@@ -234,7 +233,7 @@ class MqttDriver(BaseDriver):
             )
         if own:
             topic_bytes(own)
-        topic = own or f"{await self._open_inbox(end)}/{next(self._questions):x}"
+        topic = own or (f"{self._inbox or await self._open_inbox(end)}/{next(self._questions):x}")
         if topic in self.asked:
             raise CapabilityError(
                 f"another request waits for its answer at {topic!r} already",
@@ -260,8 +259,11 @@ class MqttDriver(BaseDriver):
             late = f"no reply from {command.topic!r} within {timeout:g} s"
             raise RequestTimeout(late) from error
         finally:
-            if own and self.outbox is not None:
-                self.outbox.inboxes.pop(topic, None)
+            outbox = self.outbox
+            if own and outbox is not None and topic in outbox.inboxes:
+                del outbox.inboxes[topic]
+                with suppress(NotConnected):
+                    outbox.ask(lambda mid: write_unsubscribe(self.settings.version, mid, topic))
 
     async def _open_inbox(self, end: float) -> str:
         """Subscribe to the topics of this connection's answers; where they lie."""

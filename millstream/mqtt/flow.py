@@ -59,7 +59,7 @@ class Flow(Feed, Line):
         lost: Callable[[Exception], None],
         client_id: str,
     ) -> None:
-        Feed.__init__(self, spec.filter, self._counted, log)
+        Feed.__init__(self, spec.filter, self._counted if spec.qos else sink, log)
         Line.__init__(self, driver.settings, client_id, driver.changed, driver.report)
         self.driver, self.spec, self._deliver, self.give_up = driver, spec, sink, lost
         self.kept = spec.kept and not driver.clean_session

@@ -25,7 +25,7 @@ LASTING, SUSPICIOUS = 10.0, 3
 STAND_BACK, STAND_BACK_MAX, FORGET = 5.0, 60.0, 120.0
 #: What the server says, by version, where another attempt cannot help.
 _PERMANENT = {
-    V5: {0x81, 0x82, 0x84, 0x85, 0x86, 0x87, 0x8A, 0x8C, 0x90, 0x95, 0x99, 0x9A, 0x9B, 0x9D},
+    V5: {1, 0x81, 0x82, 0x84, 0x85, 0x86, 0x87, 0x8A, 0x8C, 0x90, 0x95, 0x99, 0x9A, 0x9B, 0x9D},
     V311: {1, 2, 4, 5},
 }
 _REFUSED = {
@@ -243,11 +243,11 @@ class Line:
         """It cannot be established for a reason that another connection does not change."""
         self.error(f"{type(error).__name__}: {error}")
 
-    async def ask(self, build: Callable[[int], bytes]) -> tuple[bytes, str]:
-        """Send SUBSCRIBE or UNSUBSCRIBE and return its answer.
+    def ask(self, build: Callable[[int], bytes]) -> asyncio.Future[tuple[bytes, str]]:
+        """Send SUBSCRIBE or UNSUBSCRIBE; its answer, which nobody has to wait for.
 
         Raises:
-            NotConnected: the connection broke meanwhile.
+            NotConnected: there is no connection; the answer raises it if it breaks meanwhile.
         """
         connection = self.connection
         if connection is None:
@@ -256,7 +256,7 @@ class Line:
         answer: asyncio.Future[tuple[bytes, str]] = connection.loop.create_future()
         connection.answers[mid] = answer
         connection.write(build(mid))
-        return await answer
+        return answer
 
     def next_mid(self) -> int:
         """A packet identifier that is free."""

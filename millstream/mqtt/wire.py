@@ -159,7 +159,7 @@ def text(value: str | bytes) -> bytes:
         ValueError: it is too long, or MQTT has no such strings (MQTT 5.0, 1.5.4).
     """
     if isinstance(value, str):
-        if bad := UNFIT.search(value):
+        if not value.isprintable() and (bad := UNFIT.search(value)):
             raise ValueError(f"U+{ord(bad[0]):04X} is no character that servers take")
         value = value.encode()
     if len(value) > 65_535:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -271,6 +273,31 @@ async def test_version_311_says_what_it_cannot(mqtt: Any, name: str) -> None:
     await broker.stop()
 
 
+@pytest.mark.parametrize("version", ["5.0", "3.1.1"])
+async def test_an_answer_at_an_agreed_topic(mqtt: Any, name: str, version: str) -> None:
+    asking, answering = MqttBroker(mqtt.url, version=version), MqttBroker(mqtt.url)
+
+    async def handler(body: int) -> int:
+        return body + 1
+
+    if version == "5.0":  # the question says where
+        answering.subscriber(name)(handler)
+    else:
+        answering.subscriber(name)(answering.publisher(f"{name}/answers")(handler))
+    await answering.start()
+    async with asking:
+        for n in range(3):
+            answer = asking.request(n, name, reply_to=f"{name}/answers", response_model=int)
+            assert await answer == n + 1
+
+        async def left() -> bool:
+            receipt = await answering.publish(0, f"{name}/answers")
+            return receipt == Receipt(heard=False)
+
+        await eventually(left)  # nothing more is sent to where nobody waits
+    await answering.stop()
+
+
 async def test_foreign_clients_both_ways(mqtt: Any, name: str) -> None:
     got: list[tuple[str, str | None]] = []
     broker = MqttBroker(mqtt.url)
@@ -388,6 +415,36 @@ async def test_a_server_without_qos_2(name: str, caplog: pytest.LogCaptureFixtur
     assert f"{name!r}: the server gives QoS 1 where 2 was wanted" in caplog.text
 
 
+@asynccontextmanager
+async def welcoming(welcome: bytes) -> AsyncIterator[str]:
+    """A server that answers CONNECT and nothing else; its address."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1000)
+        writer.write(welcome)
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_a_server_that_speaks_311_alone_is_told_of_at_once() -> None:
+    async with welcoming(b"\x20\2\0\1") as url:
+        with pytest.raises(ConnectError, match=r'try version="3\.1\.1"') as caught:
+            await MqttBroker(url).connect()
+        assert caught.value.permanent
+
+
+async def test_the_server_says_how_often_it_wants_to_hear_of_us(name: str) -> None:
+    with MosquittoServer(settings=["max_keepalive 10"]) as server:
+        async with MqttBroker(server.url, keepalive=60) as broker:
+            assert broker.connection_info["server_keep_alive"] == 10
+            assert broker.driver.outbox is not None and broker.driver.outbox.connection is not None
+            assert broker.driver.outbox.connection.keepalive == 10
+
+
 @pytest.mark.parametrize(
     ("missing", "topic"), [("shared", "$share/g/a"), ("wildcard", "a/+"), ("wildcard", "#")]
 )
@@ -398,16 +455,8 @@ async def test_a_server_without_such_subscriptions_is_told_of_at_the_start(
         wire.CONNACK, b"\0\0", wire.write_properties({f"{missing}_subscription_available": 0})
     )
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(1000)
-        writer.write(welcome)
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
-        broker = MqttBroker(f"mqtt://127.0.0.1:{port}")
+    async with welcoming(welcome) as url:
+        broker = MqttBroker(url)
 
         @broker.subscriber(topic)
         async def handler(body: int) -> None: ...
