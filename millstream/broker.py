@@ -433,8 +433,6 @@ class Broker(Endpoints):
             raise self._not_connected("subscribe")
         if any(s.broker is self for s in subscriber.running):
             return
-        if not subscriber.entries:
-            raise StateError(f"the subscription of {subscriber.spec.destination!r} has no handler")
         self.bind()
         started = [Subscription(subscriber, scope, self) for scope in self._scopes(subscriber)]
         for subscription in started:
@@ -464,6 +462,7 @@ class Broker(Endpoints):
             reader.compile()
             await self.driver.declare([reader.spec])
             await reader.start()
+            subscriber.running.append(reader)
             self.subscriptions.append(reader)
             return reader
         raise StateError(f"the subscription of {subscriber.spec.destination!r} is in no broker")
