@@ -122,6 +122,12 @@ class Flow(Feed, Line):
                 raise SetupError(
                     f"{spec.filter!r}: {self.settings.where} knows no {missing} subscriptions"
                 )
+        granted = self.limits.get("session_expiry_interval", self.expiry)
+        if granted < self.expiry and not self._was_there:
+            self.driver.report(
+                f"{spec.filter!r}: the server keeps the session for {granted} s where "
+                f"{self.expiry} were wanted"
+            )
         if present and self._was_there and version == V311:
             return  # it is in the session, and would have its retained messages sent again
         options = spec.qos

@@ -417,12 +417,14 @@ async def test_a_server_without_qos_2(name: str, caplog: pytest.LogCaptureFixtur
 
 @asynccontextmanager
 async def welcoming(welcome: bytes) -> AsyncIterator[str]:
-    """A server that answers CONNECT and nothing else; its address."""
+    """A server that says this to CONNECT, and yes to SUBSCRIBE; its address."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1000)
         writer.write(welcome)
-        await reader.read()
+        while packet := await reader.read(1000):
+            if packet[0] == wire.SUBSCRIBE | 2:
+                writer.write(wire.write_packet(wire.SUBACK, packet[2:4], b"\0\1"))
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
@@ -435,6 +437,21 @@ async def test_a_server_that_speaks_311_alone_is_told_of_at_once() -> None:
         with pytest.raises(ConnectError, match=r'try version="3\.1\.1"') as caught:
             await MqttBroker(url).connect()
         assert caught.value.permanent
+
+
+async def test_a_server_that_keeps_sessions_for_less_is_told_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    granted = wire.write_properties({"session_expiry_interval": 60})
+    async with welcoming(wire.write_packet(wire.CONNACK, b"\0\0", granted)) as url:
+        broker = MqttBroker(url, session_expiry=3600)
+
+        @broker.subscriber("a")
+        async def handler(body: int) -> None: ...
+
+        await broker.start()
+        await broker.stop()
+    assert "keeps the session for 60 s where 3600 were wanted" in caplog.text
 
 
 async def test_the_server_says_how_often_it_wants_to_hear_of_us(name: str) -> None:
