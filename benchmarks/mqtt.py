@@ -122,7 +122,7 @@ async def raw(url: str, scenario: str, address: str) -> Contender:
     from millstream.mqtt.outbox import Outbox
     from millstream.mqtt.wire import Incoming, write_subscribe
 
-    qos = int(scenario in SESSIONS)
+    qos, sent = int(scenario in SESSIONS), int(scenario == "request")
     arrived: asyncio.Queue[Incoming] = asyncio.Queue()
     replies: asyncio.Queue[Incoming] = asyncio.Queue()
     replies_to = f"{address}.replies"
@@ -141,8 +141,8 @@ async def raw(url: str, scenario: str, address: str) -> Contender:
     await reader.open()
     await reader.ask(lambda mid: write_subscribe(5, mid, [(address, qos)]))
 
-    async def publish(topic: str, body: bytes, qos: int = 0) -> None:
-        await outbox.publish(topic, body, qos, False, b"\0", 5.0)
+    async def publish(topic: str, body: bytes) -> None:
+        await outbox.publish(topic, body, sent, False, b"\0", 5.0)
 
     handle = handler(scenario, publish)
 
@@ -154,7 +154,7 @@ async def raw(url: str, scenario: str, address: str) -> Contender:
                 reader.connection.write(b"\x40\2" + message.mid.to_bytes(2))
 
     async def requests(n: int) -> None:
-        await outbox.ask(lambda mid: write_subscribe(5, mid, [(replies_to, 0)]))
+        await outbox.ask(lambda mid: write_subscribe(5, mid, [(replies_to, sent)]))
         for _ in range(n):
             await publish(address, encode({"id": 7, "reply": replies_to}))
             as_dict((await replies.get()).payload)
@@ -173,6 +173,7 @@ async def mqttium(url: str, scenario: str, address: str) -> Contender:
     from mqttium.api import AsyncClient  # pyright: ignore[reportMissingImports]
 
     qos, replies_to = int(scenario in SESSIONS), f"{address}.replies"
+    sent = int(scenario == "request")
 
     def client(name: str, **options: Any) -> Any:
         return AsyncClient(name, protocol=MQTTProtocolVersion.MQTTv5, **options)
@@ -184,7 +185,8 @@ async def mqttium(url: str, scenario: str, address: str) -> Contender:
     await reader.connect("127.0.0.1", port)
     await sender.connect("127.0.0.1", port)
     await reader.subscribe(address, qos=qos)
-    handle = handler(scenario, sender.publish)
+    publish = partial(sender.publish, qos=sent)
+    handle = handler(scenario, publish)
 
     async def loop() -> None:
         async for message in reader.messages():
@@ -193,10 +195,10 @@ async def mqttium(url: str, scenario: str, address: str) -> Contender:
                 await reader.ack(message)
 
     async def requests(n: int) -> None:
-        await sender.subscribe(replies_to, qos=0)
+        await sender.subscribe(replies_to, qos=sent)
         replies = sender.messages()
         for _ in range(n):
-            await sender.publish(address, encode({"id": 7, "reply": replies_to}))
+            await publish(address, encode({"id": 7, "reply": replies_to}))
             as_dict((await anext(replies)).payload)
 
     try:

@@ -207,6 +207,7 @@ class _Question(Generic[K, T]):
         if not future.done():
             text = f"no reply from {self._where!r} within {self._timeout:g} s"
             future.set_exception(RequestTimeout(text))
+            future.exception()  # it may be that the question could not even be sent
 
     def __exit__(self, *error: object) -> None:
         self._timer.cancel()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .codec import Codec, as_decode_error, converter, decode_any, uses_pydantic
+from .codec import Codec, any_decoder, as_decode_error, converter, uses_pydantic
 from .errors import SetupError, SignatureError
 from .params import MISSING, Param
 from .signature import read_params
@@ -65,6 +65,19 @@ def reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
     return read
 
 
+def any_reader(codec: Codec, what: str = "the body") -> Callable[[Any], Any]:
+    """The function from one message to its body, by its content type; ``what`` names it."""
+    decode = any_decoder(codec)
+
+    def read(message: Any) -> Any:
+        try:
+            return decode(message.body, message.content_type)
+        except Exception as error:
+            raise as_decode_error(error, what) from error
+
+    return read
+
+
 def single_reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
     """The function from one message to its decoded body."""
     parts = reading_parts(site, type_, default)
@@ -77,18 +90,6 @@ def single_reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
             return decode(message.body)
         except Exception as error:
             return recover(message, error)
-
-    return read
-
-
-def any_reader(codec: Codec, what: str) -> Callable[[Any], Any]:
-    """Decodes a message by its content type; ``what`` names the body."""
-
-    def read(message: Any) -> Any:
-        try:
-            return decode_any(codec, message.body, message.content_type)
-        except Exception as error:
-            raise as_decode_error(error, what) from error
 
     return read
 

@@ -22,7 +22,7 @@ from .params import ParameterSource
 from .publisher import Publication, Publisher
 from .reader import Reader
 from .runner import AppValues
-from .sending import answer, requester, send_all, sender
+from .sending import Requester, send_all, sender
 from .spy import Probe
 from .subscriber import Subscriber
 from .subscription import Subscription
@@ -136,7 +136,7 @@ class Broker(Endpoints):
         self.probe: Probe | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._send: Send | None = None
-        self._ask: Send | None = None
+        self._ask: Requester | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._connection = Connection(self)
 
@@ -174,8 +174,7 @@ class Broker(Endpoints):
     def _request(self, command: PublishCommand, /) -> Coroutine[Any, Any, Any]:
         if self._ask is None:
             raise self._not_connected("request")
-        response_model = getattr(command, "response_model", None)
-        return answer(self, default_scope(self.codec).codec, self._ask, command, response_model)
+        return self._ask(command, getattr(command, "response_model", None))
 
     def _not_connected(self, what: str) -> NotConnected:
         hint = (
@@ -213,7 +212,7 @@ class Broker(Endpoints):
         scope = default_scope(self.codec)
         own = self.inherited(scope)
         self._send = sender(self, own.codec, own.middlewares)
-        self._ask = requester(self, own.codec, own.middlewares)
+        self._ask = Requester(self, own.codec, own.middlewares)
         self.publications = []
         errors: list[SetupError] = []
         declared = [(d, inside) for d, inside in self.walk(scope) if isinstance(d, Publisher)]
@@ -393,8 +392,6 @@ class Broker(Endpoints):
             raise self._not_connected("subscribe")
         if any(s.broker is self for s in subscriber.running):
             return
-        if not subscriber.entries:
-            raise StateError(f"the subscription of {subscriber.spec.destination!r} has no handler")
         self.bind()
         started = [Subscription(subscriber, scope, self) for scope in self._scopes(subscriber)]
         for subscription in started:
@@ -424,6 +421,7 @@ class Broker(Endpoints):
             reader.compile()
             await self.driver.declare([reader.spec])
             await reader.start()
+            subscriber.running.append(reader)
             self.subscriptions.append(reader)
             return reader
         raise StateError(f"the subscription of {subscriber.spec.destination!r} is in no broker")

@@ -7,6 +7,7 @@ TypedDicts and builtins, pydantic's validator on the bytes where a pydantic type
 
 from __future__ import annotations
 
+import functools
 import sys
 import typing
 from collections.abc import Callable
@@ -221,31 +222,36 @@ class Raw:
         return plain
 
 
-def decode_any(codec: Codec, data: bytes, content_type: str | None) -> Any:
-    """Decode where the handler leaves the type open: by content type, else by trying.
+def any_decoder(codec: Codec) -> Callable[[bytes, str | None], Any]:
+    """Decodes where the type is left open: by content type, else by trying.
 
     Without a content type, what is not the codec's format is text, and what is not text is
     bytes.
     """
-    if content_type is not None:
-        if content_type.startswith("text/"):
-            return data.decode()
-        if content_type.startswith("application/octet-stream"):
+    own = functools.cache(lambda: codec.decoder(Any))
+
+    def decode(data: bytes, content_type: str | None) -> Any:
+        if content_type is not None:
+            if content_type.startswith("text/"):
+                return data.decode()
+            if content_type.startswith("application/octet-stream"):
+                return data
+            if content_type.startswith(codec.content_type):
+                return own()(data)
+            if content_type.startswith("application/json"):
+                return msgspec.json.decode(data)
             return data
-        if content_type.startswith(codec.content_type):
-            return codec.decoder(Any)(data)
-        if content_type.startswith("application/json"):
-            return msgspec.json.decode(data)
-        return data
-    if not data:
-        return None
-    try:
-        return codec.decoder(Any)(data)
-    except Exception:  # any failure means "not this format"
+        if not data:
+            return None
         try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return data
+            return own()(data)
+        except Exception:  # any failure means "not this format"
+            try:
+                return data.decode()
+            except UnicodeDecodeError:
+                return data
+
+    return decode
 
 
 def as_decode_error(error: Exception, what: str) -> DecodeError:

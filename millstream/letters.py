@@ -163,14 +163,25 @@ async def replay(letters: Letters, letter: Letter, *, to_all: bool = False) -> b
     return await letters.remove(letter.id)
 
 
+#: What no header should hold: control characters, surrogates and what is no character at all.
+#: One of them is enough for some servers to end the connection.
+UNFIT = re.compile(
+    "[\0-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef"
+    + "".join(chr(plane << 16 | end) for plane in range(17) for end in (0xFFFE, 0xFFFF))
+    + "]"
+)
+_ESCAPED = re.compile(r"\\(\\|[rnt]|x[\da-f]{2}|u[\da-f]{4}|U[\da-f]{8})")
+
+
 def one_line(text: str) -> str:
-    """A text as a header's value, which is one line on every broker."""
-    return text.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
+    """A text as a header's value, which is one line of plain characters on every broker."""
+    text = text.replace("\\", "\\\\")
+    return UNFIT.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
 def many_lines(value: str) -> str:
     """The text that :func:`one_line` made a value of."""
-    return re.sub(r"\\([\\rn])", lambda m: {"r": "\r", "n": "\n"}.get(m[1], "\\"), value)
+    return _ESCAPED.sub(lambda m: m[0].encode().decode("unicode_escape"), value)
 
 
 def _number(text: str) -> int:

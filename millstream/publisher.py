@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from .codec import Codec
 from .driver import PublicationSpec, PublishCommand
 from .errors import NotConnected
 from .message import Message, current
 from .middleware import Send
-from .sending import answer, requester, send_all, sender
+from .sending import Requester, send_all, sender
 from .spy import Spied
 
 if TYPE_CHECKING:
@@ -76,7 +75,6 @@ class Publication:
     __slots__ = (
         "broker",
         "chain",
-        "codec",
         "command",
         "defaults",
         "many",
@@ -100,13 +98,12 @@ class Publication:
         }
         #: Whether what is published is a list, each item of which is a message.
         self.many: bool = spec.many
-        self.codec: Codec = spec.codec or scope.codec
-        codec, middlewares = self.codec, (*scope.middlewares, *spec.middlewares)
+        codec, middlewares = spec.codec or scope.codec, (*scope.middlewares, *spec.middlewares)
         self.send: Send = sender(broker, codec, middlewares)
-        self.request: Send = requester(broker, codec, middlewares)
+        self.request = Requester(broker, codec, middlewares)
         if broker.probe is not None:
             self.send = broker.probe.sending(publisher, codec, self.send)
-            self.request = broker.probe.sending(publisher, codec, self.request)
+            self.request.ask = broker.probe.sending(publisher, codec, self.request.ask)
 
     def make(self, message: Any, overrides: Mapping[str, Any]) -> PublishCommand:
         """The command for one message; headers are added to the declared ones."""
@@ -203,8 +200,7 @@ class Publisher(Spied):
         publication = self.publication()
         command = publication.make(message, overrides)
         correlate(command)
-        codec, ask = publication.codec, publication.request
-        return await answer(publication.broker, codec, ask, command, response_model)
+        return await publication.request(command, response_model)
 
     def __repr__(self) -> str:
         return f"<Publisher {self.spec.destination!r}>"

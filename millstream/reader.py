@@ -33,7 +33,7 @@ class Reader(Subscription):
         """Nothing but the options can be wrong: there is no handler."""
         self.spec.check()
         self.link = Link(self.broker.driver, self.spec, self.name)
-        self.link.decode = any_reader(self.spec.codec or self.scope.codec, "the body")
+        self.link.decode = any_reader(self.spec.codec or self.scope.codec)
 
     async def start(self) -> None:
         """Subscribe."""

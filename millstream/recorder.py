@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 
 import msgspec
 
-from .codec import JSON, Codec, decode_any
+from .codec import JSON, Codec, any_decoder
 
 
 class Called(msgspec.Struct, frozen=True):
@@ -99,4 +99,4 @@ class Recorder:
 def decoded(codec: Codec, value: Any) -> Any:
     """A value as the receiver decodes it without knowing its type."""
     data, content_type = codec.encode(value)
-    return decode_any(codec, data, content_type)
+    return any_decoder(codec)(data, content_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +28,6 @@ def sender(broker: Broker, codec: Codec, middlewares: Sequence[Any]) -> Send:
     """The way of a command; gives the receipt."""
     deliver = killpoints.around("publish", broker.driver.publish)
     return _way(broker, codec, middlewares, deliver, broker.publish_timeout)
-
-
-def requester(broker: Broker, codec: Codec, middlewares: Sequence[Any]) -> Send:
-    """The same for requests; gives the raw answer."""
-    driver, default = broker.driver, broker.request_timeout
-
-    async def request(command: Any, data: bytes, headers: dict[str, str] | None) -> Any:
-        return await driver.request(command, data, headers, command.timeout or default)
-
-    return _way(broker, codec, middlewares, request, None)
 
 
 def _way(
@@ -95,27 +86,41 @@ async def send_all(send: Send, commands: Sequence[PublishCommand]) -> list[Any]:
     return results
 
 
-async def answer(
-    broker: Broker, codec: Codec, ask: Send, command: PublishCommand, response_model: Any = None
-) -> Any:
-    """Send a request; a Message that ``codec`` reads, or its body as ``response_model``.
+class Requester:
+    """The same for requests, and how their answers are read, which is made once."""
 
-    Raises:
-        RequestTimeout: no answer in time.
-        NoResponders: nobody listens.
-        RemoteError: the handler on the other side failed.
-        DecodeError: the answer is not a ``response_model``.
-    """
-    raw = await ask(command)
-    link = Link(broker.driver, None)
-    link.decode = any_reader(codec, "the body")
-    message: Message[Any] = broker.driver.reply_envelope()(raw, link)
-    kind = message.headers.get("ms-error-type")
-    if kind is not None:
-        raise RemoteError(kind, many_lines(message.headers.get("ms-error", "")))
-    if response_model is None:
-        return message
-    try:
-        return codec.decoder(response_model)(message.body)
-    except Exception as error:
-        raise as_decode_error(error, "the answer") from error
+    def __init__(self, broker: Broker, codec: Codec, middlewares: Sequence[Any]) -> None:
+        driver, default = broker.driver, broker.request_timeout
+
+        async def request(command: Any, data: bytes, headers: dict[str, str] | None) -> Any:
+            return await driver.request(command, data, headers, command.timeout or default)
+
+        #: Gives the raw answer.
+        self.ask: Send = _way(broker, codec, middlewares, request, None)
+        self._envelope, self._link = driver.reply_envelope(), Link(driver, None)
+        self._link.decode = any_reader(codec)
+        self._codec, self._known = codec, functools.lru_cache(codec.decoder)
+
+    async def __call__(self, command: PublishCommand, response_model: Any = None) -> Any:
+        """Send a request; its answer as a Message, or its body as ``response_model``.
+
+        Raises:
+            RequestTimeout: no answer in time.
+            NoResponders: nobody serves the address.
+            RemoteError: the handler on the other side failed.
+            DecodeError: the answer is not a ``response_model``.
+        """
+        message: Message[Any] = self._envelope(await self.ask(command), self._link)
+        kind = message.headers.get("ms-error-type")
+        if kind is not None:
+            raise RemoteError(kind, many_lines(message.headers.get("ms-error", "")))
+        if response_model is None:
+            return message
+        try:
+            try:
+                decode = self._known(response_model)
+            except TypeError:  # an annotation that cannot be hashed
+                decode = self._codec.decoder(response_model)
+            return decode(message.body)
+        except Exception as error:
+            raise as_decode_error(error, "the answer") from error

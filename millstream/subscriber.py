@@ -137,11 +137,16 @@ class Subscriber:
     async def start(self) -> None:
         """Start a subscription of a running broker that is declared late, or stopped.
 
+        One without handlers is read from, by ``get_one`` and ``async for``.
+
         Raises:
             StateError: the broker is not connected.
             SetupError: the declaration is wrong.
         """
-        await self.owner.root().start_subscriber(self)
+        if self.entries:
+            await self.owner.root().start_subscriber(self)
+        else:
+            await self._open_reader()
 
     async def stop(self) -> None:
         """Stop it: no new messages, running handlers finish."""
@@ -174,14 +179,15 @@ class Subscriber:
     async def get_one(self, *, timeout: float = 5.0) -> Message[Any] | None:
         """The next message, or None after ``timeout`` seconds; settle it yourself.
 
-        Only for a subscriber without handlers. The subscription is opened by the first call,
-        and messages that were fetched and not taken are handed back when the broker stops.
+        Only for a subscriber without handlers. The subscription is opened by the first call
+        unless ``start`` has done that; what was fetched and not taken is handed back when it
+        stops.
         """
         reader = await self._open_reader()
         return await reader.take(timeout)
 
     async def __aiter__(self) -> AsyncIterator[Message[Any]]:
-        """Message after message, until the broker stops; settle each yourself."""
+        """Message after message, until it stops; settle each yourself."""
         reader = await self._open_reader()
         while True:
             message = await reader.take(None)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from .broker import MqttBroker, MqttPublisher, MqttRoute, MqttRouter
 from .driver import MqttDriver
 from .message import MQTTMessage, MqttMessage
-from .options import QoS, Will
+from .options import QoS, Will, WillProperties
 from .outbox import Receipt
 from .response import MqttPublishCommand, MQTTResponse, MqttResponse
 
@@ -40,6 +40,7 @@ __all__ = [
     "TestMQTTBroker",
     "TestMqttBroker",
     "Will",
+    "WillProperties",
 ]
 
 

@@ -9,12 +9,12 @@ from urllib.parse import unquote, urlsplit
 
 from ..broker import Broker, BrokerOptions, split_options
 from ..endpoints import Endpoints, Route, RoutePublisher, Router, asks, declares, produces, sends
-from ..errors import SetupError
+from ..errors import CapabilityError, SetupError
 from ..security import BaseSecurity, password_of
 from .connection import Settings
 from .driver import MqttDriver
 from .options import MqttPublication, MqttPublish, MqttRequest, MqttSubscription, Will
-from .wire import V5, V311
+from .wire import LARGEST, V5, V311
 
 #: Scheme → whether TLS is used, and the port.
 _SCHEMES = {
@@ -26,9 +26,14 @@ _SCHEMES = {
 }
 #: Options of the driver; the others are of its connections.
 _OWN = (
-    *("client_id", "clean_session", "session_expiry", "will"),
+    *("client_id", "clean_session", "session_expiry", "receive_maximum", "will"),
     *("reply_prefix", "publish_timeout"),
 )
+#: What MQTT 3.1.1 has no place for.
+_ONLY_V5 = ("session_expiry", "receive_maximum", "maximum_packet_size", "user_properties")
+#: Other frameworks' names → ours; and what they have where there is nothing to choose here.
+_SAME = {"mqtt_connect_timeout": "connect_timeout", "session_expiry_interval": "session_expiry"}
+_ENDLESS = ("reconnect", "on_connection_recovery_failed")
 _VERSIONS = {"5.0": V5, "5": V5, "3.1.1": V311}
 
 
@@ -50,9 +55,18 @@ class MqttConnect(BrokerOptions, total=False):
         connect_timeout: seconds for one attempt to connect; 5.
         reconnect_max: the longest wait between two attempts in seconds; 5. The first follow
             sooner, and they never end.
-        maximum_packet_size: bytes of the largest message that the server may send (MQTT 5).
+        receive_maximum: for all subscriptions that do not say otherwise (MQTT 5).
+        maximum_packet_size: bytes of the largest message that the server may send; it drops
+            larger ones (MQTT 5).
         user_properties: told to the server when connecting (MQTT 5).
         reply_prefix: where the topics of answers lie, unless the server says where; ``ms/reply``.
+        mqtt_connect_timeout, session_expiry_interval: ``connect_timeout`` and ``session_expiry``
+            under the names of other frameworks.
+        reconnect, on_connection_recovery_failed: refused, unless None: a connection comes back
+            by itself, and no attempt is the last.
+        request_response_information, request_problem_information, session_replay_buffer_size,
+            session_replay_timeout, stripped_prefixes: accepted for callers of other frameworks:
+            the server is always asked for both, and no session brings what nobody subscribed to.
     """
 
     client_id: str
@@ -64,9 +78,19 @@ class MqttConnect(BrokerOptions, total=False):
     keepalive: int
     connect_timeout: float
     reconnect_max: float
+    receive_maximum: int | None
     maximum_packet_size: int | None
     user_properties: Mapping[str, str] | Any
     reply_prefix: str
+    mqtt_connect_timeout: float
+    session_expiry_interval: float
+    reconnect: None
+    on_connection_recovery_failed: None
+    request_response_information: bool | None
+    request_problem_information: bool | None
+    session_replay_buffer_size: int
+    session_replay_timeout: float
+    stripped_prefixes: Any
 
 
 class MqttEndpoints(Endpoints):
@@ -104,6 +128,15 @@ class MqttBroker(MqttEndpoints, Broker):
 
     def __init__(self, url: str = "mqtt://localhost:1883", **options: Unpack[MqttConnect]) -> None:
         given, common = split_options(options, MqttConnect, type(self).__name__)
+        for name in _SAME.keys() & given.keys():
+            given.setdefault(_SAME[name], given[name])
+        for name in _ENDLESS:
+            if given.get(name) is not None:
+                raise SetupError(
+                    f"{type(self).__name__}: {name}=... has no place: a connection comes back by "
+                    "itself, and no attempt is the last",
+                    fix="leave it out; reconnect_max= is the longest wait between two attempts",
+                )
         own = {name: given[name] for name in _OWN if name in given}
         super().__init__(MqttDriver(settings_of(url, given), **own), **common)
 
@@ -112,6 +145,12 @@ class MqttBroker(MqttEndpoints, Broker):
         """The client identifier of the connection that publishes; empty while there is none."""
         outbox = self.driver.outbox
         return outbox.client_id if outbox is not None else ""
+
+    @property
+    def connection_info(self) -> Mapping[str, Any]:
+        """What the server said of itself when it let us in, by MQTT 5's names; else empty."""
+        outbox = self.driver.outbox
+        return outbox.limits if outbox is not None else {}
 
 
 def settings_of(url: str, options: dict[str, Any]) -> Settings:
@@ -135,6 +174,12 @@ def settings_of(url: str, options: dict[str, Any]) -> Settings:
     version = str(options.get("version", "5.0"))
     if version not in _VERSIONS:
         raise SetupError(f"version={version!r}", fix='"5.0" or "3.1.1"')
+    for name in _ONLY_V5:
+        if options.get(name) and _VERSIONS[version] == V311:
+            raise CapabilityError(f"MQTT 3.1.1 has no {name}", fix='use version="5.0"')
+    most = options.get("maximum_packet_size")
+    if most is not None and not 1 <= most <= LARGEST:
+        raise SetupError(f"maximum_packet_size={most}", fix=f"bytes, 1 to {LARGEST:,}")
     keepalive = options.get("keepalive", 20)
     if not 0 <= keepalive <= 65_535:
         raise SetupError(f"keepalive={keepalive}", fix="seconds, 0 to 65,535")
@@ -161,6 +206,6 @@ def settings_of(url: str, options: dict[str, Any]) -> Settings:
         keepalive=int(keepalive),
         connect_timeout=options.get("connect_timeout", 5.0),
         reconnect_max=options.get("reconnect_max", 5.0),
-        maximum_packet_size=options.get("maximum_packet_size"),
+        maximum_packet_size=most,
         user_properties=list(pairs.items() if isinstance(pairs, Mapping) else pairs),
     )

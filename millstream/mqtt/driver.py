@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from ..base import BaseDriver, Questions, disconnected, not_yet_connected
@@ -14,8 +15,10 @@ from ..errors import (
     AddressError,
     CapabilityError,
     NoResponders,
+    NotConnected,
     PublishTimeout,
     RequestTimeout,
+    SetupError,
 )
 from ..message import Message, new_id
 from .connection import Settings
@@ -23,10 +26,18 @@ from .flow import Flow
 from .identity import give_back, host, passing_host, passing_id, session_id, take, worker
 from .letters import MqttLetters, dead_letters_of, letter_id
 from .line import Line
-from .message import MqttMessage, properties_of
-from .options import SYNTAX, MqttPublish, MqttSubscription, Will
+from .message import MqttMessage, packed
+from .options import (
+    SYNTAX,
+    MqttPublish,
+    MqttSubscription,
+    Will,
+    check_qos,
+    check_receive_maximum,
+    check_session_expiry,
+)
 from .outbox import Outbox, Receipt
-from .wire import V5, Incoming, reason_of, topic_bytes, write_properties, write_subscribe
+from .wire import V5, Incoming, reason_of, topic_bytes, write_subscribe, write_unsubscribe
 
 log = logging.getLogger("millstream.mqtt")
 
@@ -42,6 +53,7 @@ class MqttDriver(BaseDriver):
         client_id: the publishing connection's, and what those of sessions begin with.
         clean_session: end every session with its connection.
         session_expiry: seconds for which the server keeps a session while nobody is connected.
+        receive_maximum: for all subscriptions that do not say otherwise.
         will: what the server publishes when the publishing connection ends without a farewell.
         reply_prefix: where the topics of answers lie, unless the server says where.
         publish_timeout: seconds for a publication that says nothing else.
@@ -59,14 +71,26 @@ class MqttDriver(BaseDriver):
         client_id: str = "",
         clean_session: bool = False,
         session_expiry: float = SESSION_EXPIRY,
+        receive_maximum: int | None = None,
         will: Will | None = None,
         reply_prefix: str = "ms/reply",
         publish_timeout: float = 5.0,
     ) -> None:
         super().__init__(log, publish_timeout=publish_timeout)
         self.settings, self.client_id = settings, client_id
+        #: Whether it speaks MQTT 5, which has headers and reply topics.
+        self.v5 = settings.version == V5
         self.clean_session, self.session_expiry = clean_session, session_expiry
-        self.will = will.packed() if will is not None else None
+        topic_bytes(reply_prefix)
+        check_session_expiry(session_expiry, "the broker")
+        if receive_maximum is not None:
+            check_receive_maximum(receive_maximum)
+        self.receive_maximum = receive_maximum
+        self.will = will.packed(self.v5) if will is not None else None
+        try:
+            self._outbox(client_id).hello()
+        except (TypeError, ValueError) as error:
+            raise SetupError(f"{settings.where} cannot be told: {error}") from error
         self.reply_prefix = reply_prefix
         self.outbox: Outbox | None = None
         self._down: set[Line] = set()
@@ -76,11 +100,6 @@ class MqttDriver(BaseDriver):
         self._inbox, self._questions = "", itertools.count(1)
         self._inbox_lock = asyncio.Lock()
 
-    @property
-    def v5(self) -> bool:
-        """Whether it speaks MQTT 5, which has headers and reply topics."""
-        return self.settings.version == V5
-
     # Life
 
     def describe(self) -> str:
@@ -89,8 +108,7 @@ class MqttDriver(BaseDriver):
     async def connect(self) -> None:
         name = self.client_id + worker() if self.client_id else passing_id()
         name = take(self.settings.where, name)
-        outbox = Outbox(self.settings, name, self.changed, self.report, will=self.will)
-        outbox.clean_first = True
+        outbox = self._outbox(name)
         outbox.take = self._answered
         try:
             await outbox.open()
@@ -98,6 +116,9 @@ class MqttDriver(BaseDriver):
             give_back(self.settings.where, name)
             raise
         self.outbox = outbox
+
+    def _outbox(self, name: str) -> Outbox:
+        return Outbox(self.settings, name, self.changed, self.report, will=self.will)
 
     async def close(self) -> None:
         await self.end()
@@ -143,6 +164,9 @@ class MqttDriver(BaseDriver):
     # Subscriptions
 
     async def declare(self, specs: Sequence[Spec]) -> None:
+        if not self.v5:
+            for spec in specs:
+                refuse_311(spec)
         kept = [s for s in specs if isinstance(s, MqttSubscription) and s.kept and not s.session]
         if kept and not self.client_id and not self.clean_session and passing_host():
             log.warning(
@@ -180,15 +204,15 @@ class MqttDriver(BaseDriver):
         self, command: MqttPublish, data: bytes, headers: dict[str, str] | None
     ) -> Receipt | None:
         topic, retain, qos = command.topic, command.retain, command.qos
+        if qos not in (0, 1, 2):
+            check_qos(qos, f"a message to {topic!r}")
         if topic in self._letters:
             # Each letter has a topic of its own, where the server keeps it.
             topic, retain, qos = f"{topic}/{letter_id()}", True, max(qos, 1)
         if self.v5:
             properties = b"\0"
             if headers or command.reply_to or command.expiry is not None:
-                properties = write_properties(
-                    properties_of(headers, command.reply_to, command.expiry)
-                )
+                properties = packed(command, headers)
         else:
             refuse_311(command)
             properties = b""
@@ -207,7 +231,9 @@ class MqttDriver(BaseDriver):
                 "MQTT 3.1.1 cannot tell the other side where the answer is wanted",
                 fix='use version="5.0", or agree on a topic and give it as reply_to=',
             )
-        topic = own or f"{await self._open_inbox(end)}/{next(self._questions):x}"
+        if own:
+            topic_bytes(own)
+        topic = own or (f"{self._inbox or await self._open_inbox(end)}/{next(self._questions):x}")
         if topic in self.asked:
             raise CapabilityError(
                 f"another request waits for its answer at {topic!r} already",
@@ -233,8 +259,11 @@ class MqttDriver(BaseDriver):
             late = f"no reply from {command.topic!r} within {timeout:g} s"
             raise RequestTimeout(late) from error
         finally:
-            if own and self.outbox is not None:
-                self.outbox.inboxes.pop(topic, None)
+            outbox = self.outbox
+            if own and outbox is not None and topic in outbox.inboxes:
+                del outbox.inboxes[topic]
+                with suppress(NotConnected):
+                    outbox.ask(lambda mid: write_unsubscribe(self.settings.version, mid, topic))
 
     async def _open_inbox(self, end: float) -> str:
         """Subscribe to the topics of this connection's answers; where they lie."""
@@ -285,16 +314,21 @@ class MqttDriver(BaseDriver):
         return MqttLetters(self, address)
 
 
-def refuse_311(command: MqttPublish) -> None:
-    """Refuse what MQTT 3.1.1 has no place for.
+_ONLY_V5 = (
+    *("headers", "reply_to", "expiry"),
+    *("session_expiry", "receive_maximum", "retained", "retain_as_published", "no_local"),
+)
+
+
+def refuse_311(what: Any) -> None:
+    """Refuse what MQTT 3.1.1 has no place for, in a declaration or a message.
 
     Raises:
         CapabilityError: something of that was asked for.
     """
-    given = {"headers": command.headers, "reply_to": command.reply_to, "expiry": command.expiry}
-    for name, value in given.items():
-        if value:
+    for name in _ONLY_V5:
+        if getattr(what, name, None):
             raise CapabilityError(
-                f"MQTT 3.1.1 has no {name}, which a message to {command.topic!r} was given",
-                fix='use version="5.0", or put it into the body',
+                f"MQTT 3.1.1 has no {name}, which {what.topic!r} was given",
+                fix='use version="5.0", or do without',
             )

@@ -23,6 +23,7 @@ from .wire import (
     PUBCOMP,
     PUBREC,
     PUBREL,
+    QOS_2,
     V5,
     V311,
     Incoming,
@@ -58,13 +59,14 @@ class Flow(Feed, Line):
         lost: Callable[[Exception], None],
         client_id: str,
     ) -> None:
-        Feed.__init__(self, spec.filter, self._counted, log)
+        Feed.__init__(self, spec.filter, self._counted if spec.qos else sink, log)
         Line.__init__(self, driver.settings, client_id, driver.changed, driver.report)
         self.driver, self.spec, self._deliver, self.give_up = driver, spec, sink, lost
         self.kept = spec.kept and not driver.clean_session
         self.clean_first = self.clean = not self.kept
         self.expiry = int(spec.session_expiry or driver.session_expiry) if self.kept else 0
-        self.receive_maximum = min(spec.prefetch, 65_535) if spec.qos else None
+        ahead = spec.receive_maximum or driver.receive_maximum or spec.prefetch
+        self.receive_maximum = min(ahead, 65_535) if spec.qos else None
         #: Unsettled messages in the order they came by this connection.
         self._order: deque[Incoming] = deque()
         #: Unsettled messages that stepped out of that order, by their identifiers.
@@ -112,6 +114,20 @@ class Flow(Feed, Line):
 
     async def established(self, present: bool) -> None:
         spec, version = self.spec, self.settings.version
+        for wanted, missing in (
+            (spec.shared, "shared"),
+            (set("+#") & set(spec.filter), "wildcard"),
+        ):
+            if wanted and self.limits.get(f"{missing}_subscription_available") == 0:
+                raise SetupError(
+                    f"{spec.filter!r}: {self.settings.where} knows no {missing} subscriptions"
+                )
+        granted = self.limits.get("session_expiry_interval", self.expiry)
+        if granted < self.expiry and not self._was_there:
+            self.driver.report(
+                f"{spec.filter!r}: the server keeps the session for {granted} s where "
+                f"{self.expiry} were wanted"
+            )
         if present and self._was_there and version == V311:
             return  # it is in the session, and would have its retained messages sent again
         options = spec.qos
@@ -233,7 +249,7 @@ class Flow(Feed, Line):
                 raw.done = True
 
     def _acknowledge(self, message: Incoming) -> None:
-        if message.flags & 4:
+        if message.flags & QOS_2:
             self._handled.add(message.mid)
             self._write(_PUBREC, message.mid)
         else:

@@ -13,7 +13,7 @@ from ..base import reconnect_delay
 from ..errors import ConnectError, NotConnected
 from ..security import tls_fault
 from .connection import Connection, Settings
-from .wire import FAREWELL, REASONS, TAKEN_OVER, V5, V311, Incoming, reason_of, write_connect
+from .wire import FAREWELL, REASONS, TAKEN_OVER, V5, V311, Incoming, reason_of, said, write_connect
 
 log = logging.getLogger("millstream.mqtt")
 
@@ -25,7 +25,7 @@ LASTING, SUSPICIOUS = 10.0, 3
 STAND_BACK, STAND_BACK_MAX, FORGET = 5.0, 60.0, 120.0
 #: What the server says, by version, where another attempt cannot help.
 _PERMANENT = {
-    V5: {0x81, 0x82, 0x84, 0x85, 0x86, 0x87, 0x8A, 0x8C, 0x90, 0x95, 0x99, 0x9A, 0x9B, 0x9D},
+    V5: {1, 0x81, 0x82, 0x84, 0x85, 0x86, 0x87, 0x8A, 0x8C, 0x90, 0x95, 0x99, 0x9A, 0x9B, 0x9D},
     V311: {1, 2, 4, 5},
 }
 _REFUSED = {
@@ -109,10 +109,13 @@ class Line:
         """
         await self._connect()
 
-    async def _connect(self) -> None:
+    def hello(self) -> bytes:
+        """CONNECT.
+
+        Raises:
+            ValueError: MQTT cannot say something of it.
+        """
         settings = self.settings
-        loop = asyncio.get_running_loop()
-        clean = self.clean if self._known else self.clean_first
         properties = {
             "session_expiry_interval": self.expiry or None,
             "receive_maximum": self.receive_maximum,
@@ -120,16 +123,20 @@ class Line:
             "request_response_information": 1,
             "user_property": settings.user_properties,
         }
-        hello = write_connect(
+        return write_connect(
             settings.version,
             self.client_id,
-            clean=clean,
+            clean=self.clean if self._known else self.clean_first,
             keepalive=settings.keepalive,
             username=settings.username,
             password=settings.password,
             properties=properties,
             will=self.will,
         )
+
+    async def _connect(self) -> None:
+        settings, hello = self.settings, self.hello()
+        loop = asyncio.get_running_loop()
         connection: Connection | None = None
         try:
             async with asyncio.timeout(settings.connect_timeout):
@@ -144,7 +151,7 @@ class Line:
                 connection.write(hello)
                 present, code, limits = await connection.welcome
                 if code:
-                    raise self._refused(code, limits.get("reason_string", ""))
+                    raise self._refused(code, said(limits))
                 connection.live(limits.get("server_keep_alive", settings.keepalive))
                 self._known = True
                 await self.established(present)
@@ -236,11 +243,11 @@ class Line:
         """It cannot be established for a reason that another connection does not change."""
         self.error(f"{type(error).__name__}: {error}")
 
-    async def ask(self, build: Callable[[int], bytes]) -> tuple[bytes, str]:
-        """Send SUBSCRIBE or UNSUBSCRIBE and return its answer.
+    def ask(self, build: Callable[[int], bytes]) -> asyncio.Future[tuple[bytes, str]]:
+        """Send SUBSCRIBE or UNSUBSCRIBE; its answer, which nobody has to wait for.
 
         Raises:
-            NotConnected: the connection broke meanwhile.
+            NotConnected: there is no connection; the answer raises it if it breaks meanwhile.
         """
         connection = self.connection
         if connection is None:
@@ -249,7 +256,7 @@ class Line:
         answer: asyncio.Future[tuple[bytes, str]] = connection.loop.create_future()
         connection.answers[mid] = answer
         connection.write(build(mid))
-        return await answer
+        return answer
 
     def next_mid(self) -> int:
         """A packet identifier that is free."""

@@ -7,8 +7,9 @@ import operator
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from ..errors import PublishError
 from ..message import Link, Message
-from .wire import Incoming, Malformed
+from .wire import Incoming, Malformed, topic_bytes, write_properties
 
 log = logging.getLogger("millstream.mqtt")
 
@@ -98,7 +99,11 @@ def headers_of(properties: Mapping[str, Any]) -> dict[str, str]:
 def properties_of(
     headers: Mapping[str, str] | None, reply_to: str = "", expiry: float | None = None
 ) -> dict[str, Any]:
-    """The properties that carry headers."""
+    """The properties that carry headers.
+
+    Raises:
+        ValueError: ``expiry`` (seconds) is over at once.
+    """
     found: dict[str, Any] = {}
     if headers:
         pairs = dict(headers)
@@ -112,5 +117,22 @@ def properties_of(
     if reply_to:
         found["response_topic"] = reply_to
     if expiry is not None:
+        if expiry <= 0:
+            raise ValueError(f"expiry={expiry}: seconds, more than 0")
         found["message_expiry_interval"] = max(int(expiry), 1)
     return found
+
+
+def packed(command: Any, headers: Mapping[str, str] | None) -> bytes:
+    """The properties of a message that is to be published.
+
+    Raises:
+        PublishError: MQTT has no place for such headers or options.
+        AddressError: there are no answers at such a topic.
+    """
+    if command.reply_to:
+        topic_bytes(command.reply_to)
+    try:
+        return write_properties(properties_of(headers, command.reply_to, command.expiry))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise PublishError(f"a message to {command.topic!r} cannot be sent: {error}") from error

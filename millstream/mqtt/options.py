@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -13,12 +13,15 @@ from ..driver import Bindings, Capability, PublicationSpec, PublishCommand, Subs
 from ..errors import SetupError
 from ..message import Message
 from .message import MqttMessage, properties_of
+from .wire import text
 
 #: Topic filters (MQTT 5.0, 4.7): ``+`` is one level, ``#`` all that remain, or none.
 SYNTAX = AddressSyntax(separator="/", one="+", rest="#", rest_empty=True)
 SHARE = "$share/"
 #: Messages that a subscription may hold; what Mosquitto sends at once by default is 20.
 HOLD = 50
+#: Seconds after which a session ends that never does.
+FOREVER = 0xFFFFFFFF
 
 
 class QoS(enum.IntEnum):
@@ -27,6 +30,18 @@ class QoS(enum.IntEnum):
     AT_MOST_ONCE = 0
     AT_LEAST_ONCE = 1
     EXACTLY_ONCE = 2
+
+
+class WillProperties(msgspec.Struct, frozen=True, kw_only=True):
+    """Properties of a :class:`Will` by their names in MQTT 5, each of which may be left out."""
+
+    will_delay_interval: int | None = None
+    payload_format_indicator: int | None = None
+    message_expiry_interval: int | None = None
+    content_type: str | None = None
+    response_topic: str | None = None
+    correlation_data: bytes | None = None
+    user_properties: Sequence[tuple[str, str]] = ()
 
 
 class Will(msgspec.Struct, frozen=True):
@@ -40,6 +55,8 @@ class Will(msgspec.Struct, frozen=True):
         delay: seconds to wait for the connection to come back (MQTT 5).
         headers: its headers (MQTT 5).
         expiry: seconds for which it is of use (MQTT 5).
+        properties: instead of ``delay``, ``headers`` and ``expiry``, under the names that MQTT
+            has for them.
     """
 
     topic: str
@@ -49,12 +66,32 @@ class Will(msgspec.Struct, frozen=True):
     delay: float = 0.0
     headers: Mapping[str, str] | None = None
     expiry: float | None = None
+    properties: WillProperties | None = None
 
-    def packed(self) -> tuple[str, bytes, int, bool, dict[str, Any]]:
-        """What CONNECT says of it."""
+    def packed(self, v5: bool) -> tuple[str, bytes, int, bool, dict[str, Any]]:
+        """What CONNECT says of it.
+
+        Raises:
+            SetupError: MQTT has no such will.
+        """
+        own, given = (self.delay, self.headers, self.expiry), self.properties
+        if not v5 and (given or any(own)):
+            raise SetupError(
+                "MQTT 3.1.1 knows a will's topic, payload, qos and retain alone",
+                fix='use version="5.0"',
+            )
+        if given and any(own):
+            raise SetupError("Will: properties beside delay, headers or expiry", fix="give one")
         body = self.payload.encode() if isinstance(self.payload, str) else self.payload
-        properties = properties_of(self.headers, "", self.expiry)
-        properties["will_delay_interval"] = int(self.delay) or None
+        if given is None:
+            try:
+                properties = properties_of(self.headers, "", self.expiry)
+            except ValueError as error:
+                raise SetupError(f"Will: {error}") from None
+            properties["will_delay_interval"] = int(self.delay) or None
+        else:
+            properties = msgspec.structs.asdict(given)
+            properties["user_property"] = properties.pop("user_properties")
         return self.topic, body, check_qos(self.qos, "Will"), self.retain, properties
 
 
@@ -67,6 +104,29 @@ def check_qos(qos: int, what: str) -> int:
     if qos not in (0, 1, 2):
         raise SetupError(f"{what}: qos={qos!r}", fix="0, 1 or 2")
     return int(qos)
+
+
+def check_session_expiry(seconds: float, what: str) -> None:
+    """Whether a session may last so long.
+
+    Raises:
+        SetupError: it may not.
+    """
+    if not 1 <= seconds <= FOREVER:
+        raise SetupError(
+            f"{what}: session_expiry={seconds:g}",
+            fix=f"seconds, 1 to {FOREVER:,} (for ever), or clean_session=True for no session",
+        )
+
+
+def check_receive_maximum(most: int) -> None:
+    """A number of messages that a server may send ahead.
+
+    Raises:
+        SetupError: it is none.
+    """
+    if not 1 <= most <= 65_535:
+        raise SetupError(f"receive_maximum={most}", fix="1 to 65,535")
 
 
 class MqttOptions(SubscriptionSpec, frozen=True, kw_only=True):
@@ -165,10 +225,17 @@ class MqttSubscription(MqttOptions, frozen=True):
         address = SYNTAX.compile(self.topic)
         levels = address.pattern.split("/")
         mixed = [level for level in levels if level not in "+#" and ("+" in level or "#" in level)]
-        if not self.topic or "\0" in self.topic or mixed:
+        if not self.topic or mixed:
             raise SetupError(
                 f"{self.topic!r} is no topic filter", fix="'+' and '#' stand for whole levels"
             )
+        for what in (self.filter, self.session or ""):
+            try:
+                text(what)
+            except ValueError as error:
+                raise SetupError(f"{what[:40]!r}: {error}") from None
+        if self.retained not in (None, "send", "new", "never"):
+            raise SetupError(f"retained={self.retained!r}", fix="'send', 'new' or 'never'")
         if self.shared is not None and (not self.shared or set("/+#") & set(self.shared)):
             raise SetupError(f"shared={self.shared!r}", fix="a name without '/', '+' and '#'")
         if self.shared and self.no_local:
@@ -177,13 +244,15 @@ class MqttSubscription(MqttOptions, frozen=True):
             raise SetupError(
                 "retained='send' with shared", fix="members of a group get no kept messages"
             )
-        if self.receive_maximum is not None and not 1 <= self.receive_maximum <= 65_535:
-            raise SetupError(f"receive_maximum={self.receive_maximum}", fix="1 to 65,535")
+        if self.receive_maximum is not None:
+            check_receive_maximum(self.receive_maximum)
         if not self.kept and (self.session is not None or self.session_expiry is not None):
             raise SetupError(
                 "session or session_expiry without a session",
                 fix="use qos=1 or 2 without clean_session=True",
             )
+        if self.session_expiry is not None:
+            check_session_expiry(self.session_expiry, f"the subscription of {self.topic!r}")
 
 
 _VERSION = {"bindingVersion": "0.2.0"}
@@ -220,6 +289,8 @@ class MqttPublication(PublicationSpec, frozen=True):
 
     def check(self) -> None:
         check_qos(self.qos, f"the publication to {self.topic!r}")
+        if self.expiry is not None and self.expiry <= 0:
+            raise SetupError(f"{self.topic!r}: expiry={self.expiry:g}", fix="seconds, more than 0")
 
 
 class MqttPublishOptions(PublishCommand, kw_only=True):

@@ -17,8 +17,10 @@ from .wire import (
     LARGEST,
     NO_TAKER,
     PUBACK,
+    PUBCOMP,
     PUBREC,
     PUBREL,
+    QOS_2,
     V311,
     Incoming,
     reason_of,
@@ -32,6 +34,8 @@ from .wire import (
 #: Messages on their way at once where the server does not say how many it takes; Mosquitto drops
 #: those of a 3.1.1 client that go beyond 20 (mosquitto.conf, max_inflight_messages).
 WINDOW = 20
+#: And at most: some packet identifiers stay free for subscriptions.
+MOST = 65_000
 #: Seconds for which the server remembers what it got of a QoS 2 message while we are away.
 EXPIRY = 300
 
@@ -74,7 +78,7 @@ class Outbox(Line):
         self.will = will
         self._sent: dict[int, _Sent] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._window, self._largest = WINDOW, LARGEST
+        self._window, self._largest, self._best = WINDOW, LARGEST, 2
         #: Topic filters of replies, and who takes what arrives.
         self.inboxes: dict[str, int] = {}
         self.take: Callable[[Incoming], None] = lambda message: None
@@ -83,15 +87,18 @@ class Outbox(Line):
 
     def welcomed(self, connection: Connection, present: bool, limits: dict[str, Any]) -> None:
         super().welcomed(connection, present, limits)
-        self._window = limits.get("receive_maximum", 65_535)
+        self._window = min(limits.get("receive_maximum", MOST), MOST)
         if connection.version == V311:
             self._window = WINDOW
         self._largest = limits.get("maximum_packet_size", LARGEST)
+        self._best = limits.get("maximum_qos", 2)
         for mid, sent in list(self._sent.items()):
-            if sent.done.done():  # its sender waits no more
-                del self._sent[mid]
-            elif sent.released and present:
+            if sent.released and present:
                 connection.write(_pubrel(mid))
+            elif sent.done.done() and not (present and sent.packet[0] & QOS_2):
+                # Its sender waits no more. Of QoS 2 the server may know the identifier: another
+                # message under it would be taken for this one.
+                del self._sent[mid]
             else:
                 # Without its session the server may have forgotten what it had not passed on.
                 sent.released = False
@@ -133,13 +140,17 @@ class Outbox(Line):
             NotConnected: the connection did not come back within the timeout.
             PublishTimeout: no confirmation came within the timeout.
             MessageTooLarge: the server does not take so much.
-            PublishError: the server refuses it.
+            PublishError: the server refuses it, or said that it would.
         """
         name = topic_bytes(topic)
         size = len(name) + len(payload) + len(properties) + 7
         if size > self._largest:
             raise MessageTooLarge(
                 f"{size:,} bytes to {topic!r}: the server takes {self._largest:,} at most"
+            )
+        if qos > self._best:
+            raise PublishError(
+                f"qos={qos} to {topic!r}: {self.settings.where} takes {self._best} at most"
             )
         if retain and self.limits.get("retain_available") == 0:
             raise PublishError(f"{topic!r}: {self.settings.where} keeps no retained messages")
@@ -236,7 +247,7 @@ class Outbox(Line):
                 sent.released, sent.heard = True, _UNHEARD if code == NO_TAKER else _HEARD
             connection.write(_pubrel(mid))
         elif sent is not None:
-            if code >= 128:
+            if code >= 128 and kind != PUBCOMP:  # which says at most that it had ended before
                 error = PublishError(f"{sent.topic!r} was not published: {reason_of(code, reason)}")
                 self._finish(mid, error)
             else:

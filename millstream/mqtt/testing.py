@@ -13,8 +13,8 @@ from ..message import Message
 from ..testing import Bs, TestBroker
 from .driver import refuse_311
 from .letters import dead_letters_of, letter_id
-from .message import MqttMessage, properties_of
-from .options import SYNTAX, MqttPublish, MqttSubscription
+from .message import MqttMessage, packed, properties_of
+from .options import SYNTAX, MqttPublish, MqttSubscription, check_qos
 from .outbox import Receipt
 from .wire import LARGEST, Incoming, read_variable, topic_bytes, write_properties
 
@@ -81,7 +81,10 @@ class MqttMemoryDriver(MemoryDriver):
         self._letters: set[str] = set()
 
     async def declare(self, specs: Sequence[Spec]) -> None:
-        """Nothing: a session begins with its subscription."""
+        """Check them only: a session begins with its subscription."""
+        if not self.v5:
+            for spec in specs:
+                refuse_311(spec)
 
     # Subscriptions
 
@@ -144,6 +147,8 @@ class MqttMemoryDriver(MemoryDriver):
             headers = None
         topic, retain = command.topic, command.retain
         topic_bytes(topic)
+        check_qos(command.qos, f"a message to {topic!r}")
+        packed(command, headers)
         if topic in self._letters:
             topic, retain = f"{topic}/{letter_id()}", True
         taken = await self._send(command, topic, data, headers, command.reply_to)

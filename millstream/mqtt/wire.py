@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from ..errors import AddressError
-from ..letters import REPLAY_TO
+from ..letters import REPLAY_TO, UNFIT
 
 V311, V5 = 4, 5
 
@@ -20,7 +20,7 @@ SUBSCRIBE, SUBACK, UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT, AUTH = 
 )
 PING, FAREWELL = bytes((PINGREQ, 0)), bytes((DISCONNECT, 0))
 #: The flags of a PUBLISH.
-DUP, RETAIN = 0x08, 0x01
+DUP, QOS_2, RETAIN = 0x08, 0x04, 0x01
 #: Reason codes.
 NO_TAKER, MALFORMED, PROTOCOL_ERROR, TAKEN_OVER, TOO_LARGE = 0x10, 0x81, 0x82, 0x8E, 0x95
 #: Bytes of the largest packet that the protocol knows.
@@ -153,11 +153,18 @@ def read_variable(data: bytes, at: int) -> tuple[int, int]:
 
 
 def text(value: str | bytes) -> bytes:
-    """A string or binary data with its length in front."""
-    data = value.encode() if isinstance(value, str) else value
-    if len(data) > 65_535:
-        raise ValueError(f"{len(data):,} bytes where MQTT takes 65,535 at most")
-    return len(data).to_bytes(2) + data
+    """A string or binary data with its length in front.
+
+    Raises:
+        ValueError: it is too long, or MQTT has no such strings (MQTT 5.0, 1.5.4).
+    """
+    if isinstance(value, str):
+        if not value.isprintable() and (bad := UNFIT.search(value)):
+            raise ValueError(f"U+{ord(bad[0]):04X} is no character that servers take")
+        value = value.encode()
+    if len(value) > 65_535:
+        raise ValueError(f"{len(value):,} bytes where MQTT takes 65,535 at most")
+    return len(value).to_bytes(2) + value
 
 
 @functools.lru_cache(maxsize=4096)
@@ -167,33 +174,40 @@ def topic_bytes(topic: str) -> bytes:
     Raises:
         AddressError: nothing can be published to it.
     """
-    if not topic or "+" in topic or "#" in topic or "\0" in topic or "{" in topic:
+    if not topic or "+" in topic or "#" in topic or "{" in topic:
         raise AddressError(
             f"a message cannot be sent to {topic!r}", fix="give a topic without wildcards"
         )
     try:
         return text(topic)
     except ValueError as error:
-        raise AddressError(f"the topic {topic[:40]!r}...: {error}", fix="shorten it") from None
+        raise AddressError(f"a message cannot be sent to {topic[:40]!r}: {error}") from None
 
 
 def write_properties(properties: Mapping[str, Any]) -> bytes:
-    """Properties with their length in front; one that is None is left out."""
-    parts = bytearray()
-    for name, value in properties.items():
-        if value is None:
-            continue
-        number, kind = PROPERTIES[name]
-        if kind == "pair":
-            for key, one in value:
-                parts.append(number)
-                parts += text(key) + text(one)
-            continue
-        parts.append(number)
-        if kind in _SIZES:
-            parts += int(value).to_bytes(_SIZES[kind])
-        else:
-            parts += variable(value) if kind == "variable" else text(value)
+    """Properties with their length in front; one that is None is left out.
+
+    Raises:
+        ValueError: one has no such values.
+    """
+    parts, name = bytearray(), ""
+    try:
+        for name, value in properties.items():
+            if value is None:
+                continue
+            number, kind = PROPERTIES[name]
+            if kind == "pair":
+                for key, one in value:
+                    parts.append(number)
+                    parts += text(key) + text(one)
+                continue
+            parts.append(number)
+            if kind in _SIZES:
+                parts += int(value).to_bytes(_SIZES[kind])
+            else:
+                parts += variable(value) if kind == "variable" else text(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: {error}") from error
     return variable(len(parts)) + bytes(parts)
 
 
@@ -275,7 +289,7 @@ def write_connect(
         payload.append(text(username))
     if password is not None:
         flags |= 0x40
-        payload.append(text(password))
+        payload.append(text(password.encode() if isinstance(password, str) else password))
     head = text("MQTT") + bytes((version, flags)) + keepalive.to_bytes(2)
     if version == V5:
         head += write_properties(properties)
@@ -362,7 +376,7 @@ def read_ack(body: bytes) -> tuple[int, int, str]:
     mid, reason = body[0] << 8 | body[1], ""
     code = body[2] if len(body) > 2 else 0
     if len(body) > 3:
-        reason = _read_block(body, 3)[0].get("reason_string", "")
+        reason = said(_read_block(body, 3)[0])
     return mid, code, reason
 
 
@@ -371,7 +385,7 @@ def read_suback(body: bytes, version: int) -> tuple[int, bytes, str]:
     mid, at, reason = body[0] << 8 | body[1], 2, ""
     if version == V5:
         properties, at = _read_block(body, at)
-        reason = properties.get("reason_string", "")
+        reason = said(properties)
     return mid, body[at:], reason
 
 
@@ -382,16 +396,22 @@ def read_connack(body: bytes, version: int) -> tuple[bool, int, dict[str, Any]]:
 
 
 def write_disconnect(version: int, code: int) -> bytes:
-    """DISCONNECT with a reason, which MQTT 3.1.1 has no place for."""
-    return write_packet(DISCONNECT, bytes((code,)) if version == V5 else b"")
+    """DISCONNECT with a reason; of MQTT 3.1.1 nothing, where it would be a good farewell."""
+    return write_packet(DISCONNECT, bytes((code,))) if version == V5 else b""
 
 
 def read_disconnect(body: bytes) -> tuple[int, str]:
     """DISCONNECT from the server: reason code, reason for people."""
     code, reason = body[0] if body else 0, ""
     if len(body) > 1:
-        reason = _read_block(body, 1)[0].get("reason_string", "")
+        reason = said(_read_block(body, 1)[0])
     return code, reason
+
+
+def said(properties: Mapping[str, Any]) -> str:
+    """What the server says of its reasons, for people."""
+    reason, other = properties.get("reason_string", ""), properties.get("server_reference")
+    return f"{reason} (it names {other})".strip() if other else reason
 
 
 #: What a reason code of 128 and more means (MQTT 5.0, 2.4).
@@ -413,6 +433,8 @@ REASONS = {
     0x8E: "another client took the session over",
     0x8F: "the server does not take this topic filter",
     0x90: "the server does not take this topic",
+    0x91: "the packet identifier is in use",
+    0x92: "the server does not know the packet identifier",
     0x93: "more messages at once than the receive maximum",
     0x94: "topic alias invalid",
     0x95: "the packet is too large",

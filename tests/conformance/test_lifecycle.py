@@ -148,6 +148,19 @@ async def test_get_one_takes_a_single_message(bench: Bench) -> None:
     assert bench.now() - begin >= 0.15
 
 
+async def test_what_is_read_from_may_be_started_and_stopped(bench: Bench) -> None:
+    subscriber = bench.subscriber(bench.address("begun"), persistent=False)
+    await bench.start()
+    for n in range(2):
+        async with subscriber:
+            await bench.broker.publish(n, bench.address("begun"))
+            message: Message[Any] | None = await bench.within(subscriber.get_one(timeout=5.0))
+            assert message is not None and await message.decode() == n
+            await message.ack()
+        assert not subscriber.running
+        assert subscriber not in [s.subscriber for s in bench.broker.subscriptions]
+
+
 async def test_async_for_takes_messages_one_by_one(bench: Bench) -> None:
     subscriber = bench.subscriber(bench.address("loop"), persistent=False)
     got: list[int] = []

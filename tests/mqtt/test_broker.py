@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from millstream.errors import CapabilityError, ConnectError, NotConnected, SetupError
+from millstream.errors import (
+    AddressError,
+    CapabilityError,
+    ConnectError,
+    NotConnected,
+    PublishError,
+    RemoteError,
+    SetupError,
+)
 from millstream.letters import replay
-from millstream.mqtt import MqttBroker, MqttMessage, MqttResponse, Receipt, TestMqttBroker, Will
+from millstream.mqtt import (
+    MqttBroker,
+    MqttMessage,
+    MqttResponse,
+    QoS,
+    Receipt,
+    TestMqttBroker,
+    Will,
+    WillProperties,
+    wire,
+)
 from millstream.mqtt.connection import Connection
 from millstream.mqtt.letters import look
 from millstream.retry import Retry
@@ -253,6 +273,31 @@ async def test_version_311_says_what_it_cannot(mqtt: Any, name: str) -> None:
     await broker.stop()
 
 
+@pytest.mark.parametrize("version", ["5.0", "3.1.1"])
+async def test_an_answer_at_an_agreed_topic(mqtt: Any, name: str, version: str) -> None:
+    asking, answering = MqttBroker(mqtt.url, version=version), MqttBroker(mqtt.url)
+
+    async def handler(body: int) -> int:
+        return body + 1
+
+    if version == "5.0":  # the question says where
+        answering.subscriber(name)(handler)
+    else:
+        answering.subscriber(name)(answering.publisher(f"{name}/answers")(handler))
+    await answering.start()
+    async with asking:
+        for n in range(3):
+            answer = asking.request(n, name, reply_to=f"{name}/answers", response_model=int)
+            assert await answer == n + 1
+
+        async def left() -> bool:
+            receipt = await answering.publish(0, f"{name}/answers")
+            return receipt == Receipt(heard=False)
+
+        await eventually(left)  # nothing more is sent to where nobody waits
+    await answering.stop()
+
+
 async def test_foreign_clients_both_ways(mqtt: Any, name: str) -> None:
     got: list[tuple[str, str | None]] = []
     broker = MqttBroker(mqtt.url)
@@ -305,9 +350,243 @@ async def test_sharing_a_session_is_told(mqtt: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "error", "why"),
+    [
+        ({"qos": 3}, SetupError, "qos=3"),
+        ({"headers": {"a": "\x1b[31m"}}, PublishError, r"U\+001B"),
+        ({"headers": {"a": "\ud800"}}, PublishError, r"U\+D800"),
+        ({"headers": {"a": "x" * 70_000}}, PublishError, "65,535"),
+        ({"headers": {"a": 1}}, PublishError, "user_property"),
+        ({"expiry": -1}, PublishError, "more than 0"),
+        ({"expiry": 1e10}, PublishError, "message_expiry_interval"),
+        ({"reply_to": "a/+"}, AddressError, "wildcards"),
+    ],
+)
+async def test_a_publication_that_cannot_be_is_told_and_disturbs_nobody(
+    mqtt: Any, name: str, options: dict[str, Any], error: type[Exception], why: str
+) -> None:
+    for broker in (MqttBroker(mqtt.url), MqttBroker()):
+        tested = TestMqttBroker(broker, with_real=broker.driver.settings.where == mqtt.url)
+        async with tested:
+            driver = broker.driver
+            connection = getattr(getattr(driver, "outbox", None), "connection", None)
+            with pytest.raises(error, match=why):
+                await broker.publish(1, name, **options)
+            assert await broker.publish(1, name) == Receipt(heard=False)
+            if connection is not None:
+                assert broker.driver.outbox is not None
+                assert broker.driver.outbox.connection is connection  # it lives
+
+
+async def test_an_error_that_says_anything_ends_as_a_dead_letter(mqtt: Any, name: str) -> None:
+    said = "\x1b[31mred\x1b[0m\t\0 \ud800 \uffff"
+    broker = MqttBroker(mqtt.url)
+
+    @broker.subscriber(name, retry=Retry(attempts=1))
+    async def handler(body: int) -> None:
+        raise ValueError(said)
+
+    await broker.start()
+    await broker.publish(1, name)
+    await eventually(lambda: broker.subscriptions[0].failing.dead_lettered == 1)
+    [letter] = [one async for one in broker.driver.letters(f"{name}/dlq").read()]
+    assert letter.error == said
+    with pytest.raises(RemoteError, match="red"):
+        await broker.request(1, name)
+    await broker.stop()
+
+
+async def test_a_server_without_qos_2(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with MosquittoServer(listener=["max_qos 1"]) as server:
+        broker = MqttBroker(server.url)
+        got: list[int] = []
+
+        @broker.subscriber(name, qos=2)
+        async def handler(body: int) -> None:
+            got.append(body)
+
+        await broker.start()
+        assert broker.connection_info["maximum_qos"] == 1
+        with pytest.raises(PublishError, match="takes 1 at most"):
+            await broker.publish(1, name, qos=2)
+        await broker.publish(2, name)
+        await eventually(lambda: got == [2])
+        await broker.stop()
+    assert f"{name!r}: the server gives QoS 1 where 2 was wanted" in caplog.text
+
+
+@asynccontextmanager
+async def welcoming(welcome: bytes) -> AsyncIterator[str]:
+    """A server that says this to CONNECT, and yes to SUBSCRIBE; its address."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1000)
+        writer.write(welcome)
+        while packet := await reader.read(1000):
+            if packet[0] == wire.SUBSCRIBE | 2:
+                writer.write(wire.write_packet(wire.SUBACK, packet[2:4], b"\0\1"))
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_a_server_that_speaks_311_alone_is_told_of_at_once() -> None:
+    async with welcoming(b"\x20\2\0\1") as url:
+        with pytest.raises(ConnectError, match=r'try version="3\.1\.1"') as caught:
+            await MqttBroker(url).connect()
+        assert caught.value.permanent
+
+
+async def test_a_server_that_keeps_sessions_for_less_is_told_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    granted = wire.write_properties({"session_expiry_interval": 60})
+    async with welcoming(wire.write_packet(wire.CONNACK, b"\0\0", granted)) as url:
+        broker = MqttBroker(url, session_expiry=3600)
+
+        @broker.subscriber("a")
+        async def handler(body: int) -> None: ...
+
+        await broker.start()
+        await broker.stop()
+    assert "keeps the session for 60 s where 3600 were wanted" in caplog.text
+
+
+async def test_the_server_says_how_often_it_wants_to_hear_of_us(name: str) -> None:
+    with MosquittoServer(settings=["max_keepalive 10"]) as server:
+        async with MqttBroker(server.url, keepalive=60) as broker:
+            assert broker.connection_info["server_keep_alive"] == 10
+            assert broker.driver.outbox is not None and broker.driver.outbox.connection is not None
+            assert broker.driver.outbox.connection.keepalive == 10
+
+
+@pytest.mark.parametrize(
+    ("missing", "topic"), [("shared", "$share/g/a"), ("wildcard", "a/+"), ("wildcard", "#")]
+)
+async def test_a_server_without_such_subscriptions_is_told_of_at_the_start(
+    missing: str, topic: str
+) -> None:
+    welcome = wire.write_packet(
+        wire.CONNACK, b"\0\0", wire.write_properties({f"{missing}_subscription_available": 0})
+    )
+
+    async with welcoming(welcome) as url:
+        broker = MqttBroker(url)
+
+        @broker.subscriber(topic)
+        async def handler(body: int) -> None: ...
+
+        with pytest.raises(SetupError, match=f"knows no {missing} subscriptions"):
+            await broker.start()
+        await broker.stop()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"no_local": True},
+        {"retained": "never"},
+        {"retain_as_published": True},
+        {"receive_maximum": 5},
+        {"session_expiry": 60},
+    ],
+)
+async def test_options_that_311_has_not_are_refused_at_the_start(
+    mqtt: Any, name: str, options: dict[str, Any]
+) -> None:
+    for real in (True, False):
+        broker = MqttBroker(mqtt.url, version="3.1.1")
+
+        @broker.subscriber(name, **options)
+        async def handler(body: int) -> None: ...
+
+        with pytest.raises(CapabilityError, match=f"has no {next(iter(options))}"):
+            async with TestMqttBroker(broker, with_real=real):
+                pass
+    broker = MqttBroker(mqtt.url, version="3.1.1")
+    broker.publisher(name, expiry=5)
+    with pytest.raises(CapabilityError, match=r"3\.1\.1 has no expiry"):
+        await broker.start()
+    await broker.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"will": Will("a/#")}, "wildcards"),
+        ({"will": Will("a", b"x" * 70_000)}, "65,535"),
+        ({"will": Will("a", qos=3)}, "qos=3"),
+        ({"will": Will("a", delay=-1)}, "will_delay_interval"),
+        ({"will": Will("a", expiry=0)}, "more than 0"),
+        ({"will": Will("a", delay=3), "version": "3.1.1"}, r"3\.1\.1"),
+        ({"will": Will("a", delay=3, properties=WillProperties())}, "properties beside"),
+        ({"client_id": "a\0"}, r"U\+0000"),
+        ({"user_properties": [1]}, "user_property"),
+        ({"user_properties": {"a": "b"}, "version": "3.1.1"}, "no user_properties"),
+        ({"maximum_packet_size": 0}, "maximum_packet_size=0"),
+        ({"session_expiry": 0}, "clean_session=True"),
+        ({"session_expiry": 1e11}, "for ever"),
+        ({"receive_maximum": 0}, "65,535"),
+        ({"reply_prefix": "a/+"}, "wildcards"),
+        ({"keepalive": -1}, "keepalive=-1"),
+        ({"version": "4"}, "version='4'"),
+        ({"reconnect": object()}, "reconnect_max="),
+        ({"on_connection_recovery_failed": print}, "no attempt is the last"),
+    ],
+)
+def test_options_of_a_broker_that_cannot_be(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(SetupError, match=why):
+        MqttBroker(**options)
+
+
+async def test_options_under_the_names_of_other_frameworks(mqtt: Any, name: str) -> None:
+    got: list[str] = []
+    gone = WillProperties(
+        content_type="text/plain", user_properties=[("who", "me")], message_expiry_interval=60
+    )
+    options: dict[str, Any] = {
+        "keepalive": 60,
+        "clean_session": False,
+        "mqtt_connect_timeout": 3.0,
+        "session_expiry_interval": 77,
+        "receive_maximum": 7,
+        "maximum_packet_size": 100_000,
+        "user_properties": (("a", "b"),),
+        "reconnect": None,
+        "request_response_information": True,
+        "request_problem_information": True,
+        "session_replay_buffer_size": 10,
+        "session_replay_timeout": 3.0,
+        "stripped_prefixes": ("$queue/",),
+    }
+    will = Will(f"{name}/gone", b"bye", qos=QoS.AT_LEAST_ONCE, retain=False, properties=gone)
+    broker = MqttBroker(mqtt.url, client_id=f"c-{name}", will=will, **options)
+
+    @broker.subscriber(f"{name}/gone", qos=QoS.AT_LEAST_ONCE, max_workers=1)
+    async def handler(body: str, message: MqttMessage) -> None:
+        got.append(f"{body} {message.headers['who']}")
+
+    await broker.start()
+    [flow] = broker.driver.flows
+    assert (flow.expiry, flow.receive_maximum) == (77, 7)
+    assert broker.driver.settings.connect_timeout == 3.0
+    assert broker.driver.outbox is not None and broker.driver.outbox.connection is not None
+    broker.driver.outbox.connection.close("cut")
+    await eventually(lambda: got == ["bye me"])
+    await broker.stop()
+
+
+@pytest.mark.parametrize(
     ("options", "why"),
     [
         ({"topic": "a/b+"}, "whole levels"),
+        ({"topic": "a\0"}, r"U\+0000"),
+        ({"topic": "a" * 70_000}, "65,535"),
+        ({"topic": "a", "retained": "x"}, "retained='x'"),
+        ({"topic": "a", "session_expiry": 0}, "session_expiry=0"),
+        ({"topic": "a", "session": "a\tb"}, r"U\+0009"),
         ({"topic": "a", "qos": 3}, "qos=3"),
         ({"topic": "$share/g/a", "no_local": True}, "forbids"),
         ({"topic": "a", "qos": 0, "session": "s"}, "without a session"),
