@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from redis.asyncio.connection import AbstractConnection
@@ -12,7 +12,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from ..base import BaseIntake, reconnect_delay
 from ..driver import CANCELLED, Sink
-from .formats import BinaryMessageFormatV1, MessageFormat
+from .formats import MARK, BinaryMessageFormatV1, MessageFormat
 from .message import Entry, open_value
 from .wire import BROKEN, Lost, cut, drop, read, reason_of
 
@@ -170,7 +170,7 @@ class ChannelFlow(Flow):
                 if matches is not None and matches(channel) is None:
                     continue
                 value = reply[at + 1]
-                if plain and value[:1] != b"\x89":
+                if plain and value[:1] != MARK:
                     await self.give(Entry(channel, value))
                 else:
                     await self.give(open_value(channel, value, format))
@@ -208,6 +208,11 @@ def gone(error: Exception) -> bool:
     """Whether the server says that there is no such group, or stream."""
     text = str(error)
     return "NOGROUP" in text or "no such key" in text or "UNBLOCKED" in text
+
+
+def pairs(flat: Sequence[bytes]) -> dict[bytes, Any]:
+    """A reply of names and values, one behind the other."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 def ids(id: bytes | str) -> tuple[int, int]:

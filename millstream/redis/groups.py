@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import NoPermissionError, ResponseError
 
 from ..errors import SetupError
-from .flow import ids, log
+from .flow import ids, log, pairs
 from .options import StreamSub
 
 if TYPE_CHECKING:
@@ -76,10 +76,7 @@ class Groups:
             found: list[Any] = await self.driver.call(sub.stream, "XINFO", "GROUPS", sub.stream)
         except ResponseError:
             return False
-        return any(
-            dict(zip(info[::2], info[1::2], strict=True))[b"name"] == str(sub.group).encode()
-            for info in found
-        )
+        return any(pairs(info)[b"name"] == str(sub.group).encode() for info in found)
 
     async def _resume(self, stream: str, last: str, unsettled: Iterable[bytes]) -> str:
         """Behind which entry a group reads that was deleted: nothing may be missed."""
@@ -89,7 +86,7 @@ class Groups:
             info = await self.driver.call(stream, "XINFO", "STREAM", stream)
         except ResponseError:
             return "0"
-        newest = dict(zip(info[::2], info[1::2], strict=True))[b"last-generated-id"]
+        newest = pairs(info)[b"last-generated-id"]
         if ids(newest) < ids(last):
             return "0"  # another stream of the same name
         first, second = min([ids(last), *(_before(*ids(id)) for id in unsettled)])

@@ -66,14 +66,12 @@ class Kept(Flow):
         self._room.set()
         self._tasks: list[asyncio.Task[None]] = []
         self._client = 0
-        at_once = spec.lanes * (spec.batch.size if spec.batch else 1)
+        #: Messages that the handlers have at once.
+        self.at_once = at_once = spec.lanes * (spec.batch.size if spec.batch else 1)
         stream = spec.stream_sub
         fixed = spec.batch is not None or (stream is not None and stream.max_records is not None)
         least = spec.prefetch
-        self.window, self.at_once = (
-            Window(at_once, least, least if fixed else max(least, MOST)),
-            at_once,
-        )
+        self.window = Window(at_once, least, least if fixed else max(least, MOST))
 
     def key(self, what: str) -> str:
         """The name of a sibling of the source."""

@@ -9,6 +9,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
 
 from .flow import PAUSE
+from .formats import MARK
 from .kept import Kept
 from .message import Entry, open_value
 from .options import sibling
@@ -67,7 +68,7 @@ class ListFlow(Kept):
         name, plain, id = self.name, self.plain, f"{self.me}-%d".encode()
         return [
             Entry(name, element, id % number)
-            if plain and element[:1] != b"\x89"
+            if plain and element[:1] != MARK
             else open_value(name, element, self.format, id % number)
             for number, element in enumerate(elements, first)
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -181,10 +181,7 @@ class RedisSubscription(RedisOptions, frozen=True):
     channel: str | PubSub | None = None
 
     def __post_init__(self) -> None:
-        kind, name = split(self.destination)
-        if kind != "channel" and self.channel is not None:  # an address that says its kind
-            msgspec.structs.force_setattr(self, "channel", None)
-            msgspec.structs.force_setattr(self, kind, name)
+        unfold(self)
         sub = self.stream_sub or self.list_sub
         if sub is not None and sub.batch and self.batch is None:
             wait = sub.polling_interval if isinstance(sub, ListSub) else 0.1
@@ -213,14 +210,7 @@ class RedisSubscription(RedisOptions, frozen=True):
     # What the core asks
 
     def prefixed(self, prefix: str) -> RedisSubscription:
-        new = msgspec.structs.replace
-        if stream := self.stream_sub:
-            return new(self, stream=new(stream, stream=prefix + stream.stream))
-        if list_ := self.list_sub:
-            return new(self, list=new(list_, list_name=prefix + list_.list_name))
-        if channel := self.channel_sub:
-            return new(self, channel=new(channel, channel=prefix + channel.channel))
-        return self
+        return moved(self, prefix)
 
     @property
     def destination(self) -> str:
@@ -314,19 +304,17 @@ class RedisPublication(PublicationSpec, frozen=True):
     """
 
     channel: str | PubSub | None = None
-    list: str | ListSub | None = msgspec.field(default=None)
-    stream: str | StreamSub | None = msgspec.field(default=None)
+    list: str | ListSub | None = None
+    stream: str | StreamSub | None = None
     maxlen: int | None = None
     max_age: float | None = None
     message_format: type[MessageFormat] | None = None
 
+    def __post_init__(self) -> None:
+        unfold(self)
+
     def prefixed(self, prefix: str) -> RedisPublication:
-        kind, name = split(self.destination)
-        options = {"channel": None, "list": None, "stream": None, kind: prefix + name}
-        if isinstance(self.stream, StreamSub):
-            new = msgspec.structs.replace
-            options["stream"] = new(self.stream, stream=prefix + name)  # type: ignore[assignment]
-        return msgspec.structs.replace(self, **options)
+        return moved(self, prefix)
 
     @property
     def destination(self) -> str:
@@ -445,6 +433,37 @@ def _named(prefix: str, value: Any, kind: type[msgspec.Struct], option: str) -> 
     if not isinstance(name, str):
         raise SetupError(f"{value!r} has no name", fix="a name is a text")
     return prefix + name
+
+
+Declared = TypeVar("Declared", RedisSubscription, RedisPublication)
+
+
+def unfold(spec: RedisSubscription | RedisPublication) -> None:
+    """Let an address that says its kind be the list or stream that it names, also if both do.
+
+    Raises:
+        SetupError: another one is named as well.
+    """
+    channel, put = spec.channel, msgspec.structs.force_setattr
+    if isinstance(channel, str) and channel.startswith((STREAM, LIST)):
+        kind, name = split(channel)
+        put(spec, "channel", None)
+        if getattr(spec, kind) is None:
+            put(spec, kind, name)
+        if spec.destination != channel:
+            put(spec, "channel", channel)
+    address_of(spec.channel, spec.list, spec.stream)
+
+
+def moved(spec: Declared, prefix: str) -> Declared:
+    """The same declaration with a prefix before its name."""
+    kind, name = split(spec.destination)
+    place, new = getattr(spec, kind), msgspec.structs.replace
+    if place is None:
+        return spec
+    if not isinstance(place, str):
+        return new(spec, **{kind: new(place, **{place.__struct_fields__[0]: prefix + name})})
+    return new(spec, **{kind: prefix + name})
 
 
 def check_place(what: str, spec: RedisSubscription | RedisPublication) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ResponseError
 
-from .flow import MOST, Flow, gone, ids
+from .flow import MOST, Flow, gone, ids, pairs
 from .kept import Kept
 from .message import Entry, is_plain, open_fields
 from .scripts import (
@@ -126,7 +126,7 @@ class GroupFlow(Kept):
     async def lag(self) -> int | None:
         later = await self.driver.call(self.name, "ZCARD", self.key("later"))
         for info in await self.driver.call(self.name, "XINFO", "GROUPS", self.name):
-            group = dict(zip(info[::2], info[1::2], strict=True))
+            group = pairs(info)
             if group[b"name"] == self.group.encode():
                 new = group.get(b"lag")
                 return None if new is None else int(new) + later + len(self.waiting)

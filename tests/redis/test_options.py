@@ -24,6 +24,7 @@ from millstream.redis import (
     RedisSentinelBroker,
     StreamSub,
 )
+from millstream.redis.options import RedisPublication, RedisSubscription
 from tests.redis.test_security import works
 
 
@@ -126,6 +127,7 @@ async def test_a_server_that_never_answers_is_given_up() -> None:
         ({"stream": 5}, "a StreamSub"),
         ({"channel": StreamSub("a")}, "a PubSub"),
         ({"channel": "a", "stream": "b"}, "channel and stream at once"),
+        ({"channel": "stream://a", "stream": StreamSub("b")}, "channel and stream at once"),
         ({"channel": PubSub(5)}, "a name is a text"),  # type: ignore[arg-type]
         ({"channel": "a", "message_format": "json"}, "MessageFormat"),
         ({"list": ListSub("a", max_records=0)}, "max_records=0"),
@@ -149,6 +151,13 @@ def test_subscriptions_that_cannot_work(options: Any, text: str) -> None:
     assert "test_options.py" in caught.value.where
 
 
+def test_an_address_with_the_options_of_its_stream() -> None:
+    sub = StreamSub("a", group="g", maxlen=5)
+    subscription = RedisSubscription("stream://a", stream=sub)
+    assert (subscription.channel, subscription.stream_sub) == (None, sub)
+    assert RedisPublication("stream://a", stream=sub).destination == "stream://a"
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -165,8 +174,8 @@ def test_subscriptions_that_cannot_work(options: Any, text: str) -> None:
 )
 def test_publications_that_cannot_work(options: Any, text: str) -> None:
     broker = RedisBroker()
-    broker.publisher(**options)
     with pytest.raises(SetupError, match=text):
+        broker.publisher(**options)
         broker.bind()
 
 

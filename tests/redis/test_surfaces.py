@@ -100,9 +100,26 @@ def test_a_publication_is_to_one_place() -> None:
         ({"channel": PubSub("a.*")}, "pattern"),
     ):
         broker = RedisBroker(NOWHERE)
-        broker.publisher(**options)  # type: ignore[arg-type]
         with pytest.raises(SetupError, match=text):
+            broker.publisher(**options)  # type: ignore[arg-type]
             broker.bind()
+
+
+async def test_what_a_prefix_leaves_as_it_is(broker: RedisBroker, client: Any, name: str) -> None:
+    router = RedisRouter(f"{name}:")
+
+    @router.subscriber("in")
+    @router.publisher(list=ListSub("out", batch=True))
+    @router.publisher("stream://log")
+    async def work(body: int) -> list[int]:
+        return [body, body + 1]
+
+    broker.include_router(router)
+    await broker.start()
+    await broker.publish(1, f"{name}:in")
+    await eventually(lambda: client.llen(f"{name}:out"))
+    assert await client.lrange(f"{name}:out", 0, -1) == [b"1", b"2"]
+    assert await client.xlen(f"{name}:log") == 1
 
 
 async def test_fastapi(redis: Any, name: str) -> None:
