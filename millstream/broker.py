@@ -108,17 +108,30 @@ class BrokerOptions(TypedDict, total=False):
     tags: Sequence[Any]
 
 
+#: Options that brokers of other frameworks have → what to do here.
+_INSTEAD = {
+    "apply_types": "leave it out: what is not annotated is not converted",
+    "id_generator": "leave it out: where an id matters, give correlation_id= to publish",
+    "log_level": "leave it out: set the level of the logger 'millstream'",
+    "protocol": "leave it out: no document is made of it",
+    "protocol_version": "leave it out: no document is made of it",
+    "provider": "set dependency_overrides of the broker, as in FastAPI",
+    "serializer": "give a codec=; types of pydantic and msgspec need none",
+    "specification_url": "leave it out: no document is made of it",
+    "underlying_driver_annotations": "leave it out",
+}
+
+
 def known_options(options: Mapping[str, Any], kind: type, owner: str) -> None:
     """Raise a SetupError for an option that the TypedDict ``kind`` does not have."""
     names = kind.__annotations__
     for name in options:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
+            fix = _INSTEAD.get(name) or f"one of: {', '.join(sorted(names))}"
+            if name not in _INSTEAD and (near := difflib.get_close_matches(name, names, 1)):
+                fix = f"did you mean {near[0]!r}?"
             raise SetupError(
-                f"{owner} has no option {name!r}",
-                code="MS120",
-                where=caller(),
-                fix=f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(sorted(names))}",
+                f"{owner} has no option {name!r}", code="MS120", where=caller(), fix=fix
             )
 
 
