@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -342,9 +343,14 @@ async def test_sharing_a_session_is_told(mqtt: Any, name: str) -> None:
     [flow] = broker.driver.flows
     port = mqtt.url.rpartition(":")[2]
     thief = ["mosquitto_sub", "-p", port, "-V", "5", "-i", f"s-{name}", "-t", "x", "-E"]
+
+    def back(lost: Connection | None) -> bool:
+        return flow.connection is not lost and flow.up.is_set()
+
     for _ in range(3):
+        connection = flow.connection
         await asyncio.to_thread(subprocess.run, thief, check=True, timeout=10)
-        await eventually(lambda: flow.up.is_set())
+        await eventually(partial(back, connection))
     assert any("its own client_id=" in text for text in said)
     await broker.stop()
 

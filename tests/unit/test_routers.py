@@ -187,3 +187,21 @@ def test_an_unknown_option_of_a_broker() -> None:
     assert "'prefix'" in caught.value.fix
     with pytest.raises(SetupError, match="NatsBroker has no option"):
         NatsBroker(prefx="a.")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ("log_level", "level of the logger 'millstream'"),
+        ("apply_types", "not annotated"),
+        ("serializer", "codec="),
+        ("id_generator", "correlation_id="),
+        ("provider", "dependency_overrides"),
+        ("protocol_version", "leave it out"),
+    ],
+)
+def test_an_option_of_other_frameworks_says_what_to_do_instead(option: str, instead: str) -> None:
+    options: dict[str, Any] = {option: None}
+    with pytest.raises(SetupError, match=f"has no option '{option}'") as caught:
+        NatsBroker(**options)
+    assert instead in caught.value.fix
