@@ -17,7 +17,7 @@ from .codec import Codec
 from .connection import Connection
 from .context import ContextRepo
 from .driver import Driver, PublishCommand, Spec
-from .endpoints import Endpoints, Scope, caller, default_scope
+from .endpoints import INSTEAD, Endpoints, Scope, caller, default_scope
 from .errors import (
     NotConnected,
     SetupError,
@@ -114,11 +114,12 @@ def known_options(options: Mapping[str, Any], kind: type, owner: str) -> None:
     for name in options:
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
+            fix = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(sorted(names))}"
             raise SetupError(
                 f"{owner} has no option {name!r}",
                 code="MS120",
                 where=caller(),
-                fix=f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(sorted(names))}",
+                fix=INSTEAD.get(name, fix),
             )
 
 

@@ -91,7 +91,36 @@ def make(options: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     try:
         spec = options(*args, **kwargs)
     except TypeError as error:
-        raise SetupError(f"{name}: {error}", code="MS120", where=caller()) from error
+        fix = next((INSTEAD[key] for key in kwargs if key in INSTEAD), "")
+        raise SetupError(f"{name}: {error}", code="MS120", where=caller(), fix=fix) from error
+    check_types(spec, name)
+    return spec
+
+
+#: Options of other frameworks that are none here, and what does their work.
+INSTEAD = {
+    **dict.fromkeys(
+        ("key_serializer", "value_serializer", "serializer"),
+        "codec= writes bodies; a key is text or bytes",
+    ),
+    **dict.fromkeys(
+        ("key_deserializer", "value_deserializer"),
+        "codec= or decoder= reads bodies; message.key is the key's bytes",
+    ),
+    **dict.fromkeys(
+        ("auto_commit", "enable_auto_commit"),
+        "leave it out; ack_policy=AckPolicy.ACK_FIRST settles before the handler",
+    ),
+    "apply_types": "leave it out; a parameter annotated as Any takes the body as it is decoded",
+    "id_generator": "leave it out; publish(correlation_id=...) sets one",
+    "log_level": "logging.getLogger('millstream').setLevel(...)",
+    "provider": "broker.dependency_overrides",
+    **dict.fromkeys(("protocol", "protocol_version", "specification_url"), "leave it out"),
+}
+
+
+def check_types(spec: Any, name: str) -> None:
+    """Raise a :class:`SetupError` for a field that is not of its plain type."""
     for field, wanted in _plain_fields(type(spec)):
         value = getattr(spec, field)
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
@@ -101,7 +130,6 @@ def make(options: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
                 code="MS121",
                 where=caller(),
             )
-    return spec
 
 
 _checked: dict[type, list[tuple[str, Any]]] = {}

@@ -27,6 +27,7 @@ from ..subscriber import Subscriber
 from .client import Broken, Client
 from .driver import KafkaDriver
 from .flow import Flow
+from .letters import check_letters
 from .offsets import Place
 from .options import (
     KafkaPublication,
@@ -36,7 +37,7 @@ from .options import (
     Topic,
     TopicPartition,
 )
-from .settings import addresses, aiokafka, aiokafka_producing, confluent, producing
+from .settings import addresses, aiokafka, aiokafka_producing, confluent, further, producing
 from .transactions import Transactional, check, opened
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class KafkaConnect(BrokerOptions, total=False):
         security: how the cluster is reached, and who we are.
         sasl_oauth_token_provider: for SASLOAuthBearer: a function that returns a token, or a
             token and its expiry in seconds since the epoch.
-        sasl_kerberos_service_name, sasl_kerberos_domain_name: for SASLGSSAPI.
+        sasl_kerberos_service_name, sasl_kerberos_domain_name: for SASLGSSAPI; the second one
+            only with aiokafka.
         ssl_cafile, ssl_certfile, ssl_keyfile, ssl_key_password: certificates in files; the
             second and third are who we are.
         client_id: our name in the brokers' logs and quotas.
@@ -64,15 +66,16 @@ class KafkaConnect(BrokerOptions, total=False):
             (10,000): so long others wait for what a process left open that died within one and
             does not come back.
         enable_idempotence: a message that the library sends again is stored once; True.
-        acks: only without idempotence: ``all``, 1 or 0.
+        acks: ``all``, or 1 or 0, with which there is no idempotence.
         compression_type: ``gzip``, ``snappy``, ``lz4``, ``zstd`` or ``none``.
         max_batch_size, linger_ms, partitioner, max_request_size: of the producer, as Kafka's
             clients take them.
         request_timeout_ms, retry_backoff_ms, connections_max_idle_ms: the same, of everything.
         metadata_max_age_ms: between two looks for new topics and partitions.
         reconnect_backoff_max_ms: the longest wait between two attempts to connect; 2000.
+        client_rack: reads from replicas in this rack, where a subscriber does not say otherwise.
         config: further settings of the client library, by its own names.
-        consumer_only, loop, client_rack: accepted for callers of other frameworks.
+        consumer_only, loop: accepted for callers of other frameworks.
     """
 
     client: Literal["confluent", "aiokafka"]
@@ -101,10 +104,10 @@ class KafkaConnect(BrokerOptions, total=False):
     connections_max_idle_ms: int
     metadata_max_age_ms: int
     reconnect_backoff_max_ms: int
+    client_rack: str | None
     config: Mapping[str, Any] | None
     consumer_only: bool
     loop: Any
-    client_rack: str | None
 
 
 class KafkaSubscriber(Subscriber):
@@ -266,8 +269,9 @@ class KafkaBroker(KafkaEndpoints, Broker):
 
     def compile(self) -> None:
         super().compile()
-        if self._transactional:
-            for subscription in self.subscriptions:
+        for subscription in self.subscriptions:
+            check_letters(subscription)
+            if self._transactional:
                 check(subscription)
         if self._client == "aiokafka":
             from .aio_reader import check as check_aio
@@ -299,8 +303,8 @@ class KafkaBroker(KafkaEndpoints, Broker):
 
 def _confluent(options: Mapping[str, Any], timeout: float) -> Callable[[Any], Client]:
     settings, sending = confluent(options), producing(options, timeout)
-    limit = options.get("transaction_timeout_ms", 10_000)
-    return lambda down: Client(settings, sending, down, limit)
+    limit, config = options.get("transaction_timeout_ms", 10_000), further(options.get("config"))
+    return lambda down: Client(settings, sending, down, limit, config)
 
 
 def _aiokafka(options: Mapping[str, Any], timeout: float) -> Callable[[Any], AioClient]:
