@@ -38,7 +38,7 @@ def check_letters(subscription: Subscription) -> None:
             f"{spec.destination!r} takes {topic!r} too, where its own dead letters go: each would "
             "fail again without end",
             where=subscription.where,
-            fix="a narrower pattern, or a topic that it does not take: dead_letter='...'",
+            fix="a narrower pattern, or dead_letter=, a topic that it does not take, or None",
         )
 
 

@@ -104,7 +104,9 @@ def _compile(template: str) -> Address:
         matcher = re.compile(expression.removesuffix("$"))
     except re.error as error:
         raise AddressError(f"{template!r} is no regular expression: {error}") from error
-    pattern = _portable(template, pattern) if raw else f"^{pattern}$"
+    # Of the whole name, with every client and protocol.
+    inside = _portable(template, pattern).removeprefix("^").removesuffix("$") if raw else pattern
+    pattern = f"^({inside})$" if "|" in inside else f"^{inside}$"
     return MatchedAddress(template, pattern, places, ".", matcher)
 
 
@@ -167,7 +169,8 @@ class KafkaOptions(SubscriptionSpec, frozen=True, kw_only=True):
         group_id: the consumer group, whose members share the partitions and whose committed
             offsets say what is done. Without one every process reads everything from now on, and
             nothing is settled.
-        pattern: instead of topics: a regular expression of their names, with ``{placeholders}``.
+        pattern: instead of topics: a regular expression of their whole names, with
+            ``{placeholders}``.
         partitions: instead of topics: these partitions, whoever else reads them.
         ordered_by: as everywhere, and ``by_key`` (the default of a concurrent subscription) or
             ``by_partition``.
