@@ -285,7 +285,7 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
     async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, revoked: Any
     ) -> None:
-        if self._consumer is not None:
+        if self._consumer is not None and revoked:  # it begins with none
             await self._lose(self._consumer, revoked)
 
     async def _lose(self, consumer: Any, partitions: Any) -> None:
