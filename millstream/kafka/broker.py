@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, Unpack, overload
 
 from ..broker import Broker, BrokerOptions, split_options
-from ..driver import SubscriptionSpec
+from ..driver import PublicationSpec, SubscriptionSpec
 from ..endpoints import (
     Endpoints,
     Method,
@@ -18,10 +19,10 @@ from ..endpoints import (
     Router,
     asks,
     make,
-    produces,
     sends,
 )
 from ..errors import CapabilityError, MissingExtra, SetupError, StateError
+from ..publisher import Publisher
 from ..security import BaseSecurity
 from ..subscriber import Subscriber
 from .client import Broken, Client
@@ -148,6 +149,20 @@ class KafkaSubscriber(Subscriber):
                 raise StateError(f"{self.spec.destination}: not sought: {error}") from error
 
 
+class TopicPublisher(Publisher):
+    """A declared publication on Kafka."""
+
+    async def flush(self) -> None:
+        """Wait until what was published with ``no_confirm=True`` is confirmed, or has failed."""
+        driver: Any = self.publication().broker.driver
+        if isinstance(driver, KafkaDriver):  # in memory all is stored at once
+            await driver.flush()
+
+
+def _to_topic(options: Callable[P, KafkaPublication]) -> Method[P, TopicPublisher]:
+    return Method(options, functools.partial(make, options), "_produce")
+
+
 class _OfTopics(Protocol[P]):
     """``subscriber(topic, ...)``, or with several topics first."""
 
@@ -183,7 +198,12 @@ class KafkaEndpoints(Endpoints):
     """What a Kafka broker and its routers can declare."""
 
     subscriber = _DeclaresTopics(KafkaSubscription)
-    publisher = produces(KafkaPublication)
+    publisher = _to_topic(KafkaPublication)
+
+    def _produce(self, spec: PublicationSpec, /) -> TopicPublisher:
+        publisher = TopicPublisher(spec, self)
+        self.publishers.append(publisher)
+        return publisher
 
     def _subscribe(self, spec: SubscriptionSpec, /) -> KafkaSubscriber:
         subscriber = KafkaSubscriber(spec, self)
@@ -324,4 +344,5 @@ __all__ = [
     "KafkaRoute",
     "KafkaRouter",
     "KafkaSubscriber",
+    "TopicPublisher",
 ]

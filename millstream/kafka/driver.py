@@ -285,6 +285,10 @@ class KafkaDriver(BaseDriver):
         except TimeoutError:
             raise self._unsent(command, Broken("no confirmation", "_MSG_TIMED_OUT")) from None
 
+    async def flush(self) -> None:
+        """Wait until all that the library has is confirmed, or has failed."""
+        await self.client.flush(self.publish_timeout)
+
     def _offer(
         self, command: KafkaPublish, data: bytes, headers: dict[str, str] | None
     ) -> asyncio.Future[RecordMetadata] | None:

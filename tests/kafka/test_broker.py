@@ -707,6 +707,15 @@ async def test_a_message_that_cannot_be_keeps_up_no_other(kafka: Any, client: An
         await broker.stop()
 
 
+@pytest.mark.parametrize("client", ["confluent", "aiokafka"])
+async def test_what_nobody_waited_for_is_there_after_a_flush(kafka: Any, client: str) -> None:
+    async with make(kafka, client=client) as broker:
+        publisher = broker.publisher(unique())
+        receipts = [await publisher.publish(i, no_confirm=True) for i in range(50)]
+        await publisher.flush()
+        assert [receipt.result().offset for receipt in receipts] == list(range(50))
+
+
 async def test_a_topic_that_is_not_there_and_is_not_made(kafka: Any) -> None:
     topic = unique()
     async with make(kafka, allow_auto_create_topics=False) as broker:
