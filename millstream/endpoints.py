@@ -102,10 +102,42 @@ def make(options: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     try:
         spec = options(*args, **kwargs)
     except TypeError as error:
-        raise SetupError(f"{name}: {error}", code="MS120", where=caller()) from error
+        fix = next((INSTEAD[key] for key in kwargs if key in INSTEAD), "")
+        raise SetupError(f"{name}: {error}", code="MS120", where=caller(), fix=fix) from error
     except SetupError as error:
         error.where = error.where or caller()
         raise
+    check_types(spec, name)
+    return spec
+
+
+#: Options of other frameworks that are none here, and what does their work.
+INSTEAD = {
+    **dict.fromkeys(
+        ("key_serializer", "value_serializer", "serializer"),
+        "codec= writes bodies; a key is text or bytes",
+    ),
+    **dict.fromkeys(
+        ("key_deserializer", "value_deserializer"),
+        "codec= or decoder= reads bodies; message.key is the key's bytes",
+    ),
+    **dict.fromkeys(
+        ("auto_commit", "enable_auto_commit"),
+        "leave it out; ack_policy=AckPolicy.ACK_FIRST settles before the handler",
+    ),
+    "apply_types": "leave it out; a parameter annotated as Any takes the body as it is decoded",
+    "id_generator": "leave it out; publish(correlation_id=...) sets one",
+    "log_level": "logging.getLogger('millstream').setLevel(...)",
+    "provider": "broker.dependency_overrides",
+    **dict.fromkeys(
+        ("protocol", "protocol_version", "specification_url", "underlying_driver_annotations"),
+        "leave it out",
+    ),
+}
+
+
+def check_types(spec: Any, name: str) -> None:
+    """Raise a :class:`SetupError` for a field that is not of its plain type."""
     for field, wanted in _plain_fields(type(spec)):
         value = getattr(spec, field)
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
@@ -115,7 +147,6 @@ def make(options: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
                 code="MS121",
                 where=caller(),
             )
-    return spec
 
 
 _checked: dict[type, list[tuple[str, Any]]] = {}
@@ -157,11 +188,12 @@ def known_options(options: Mapping[str, Any], kind: type, owner: str) -> None:
     for name in options:
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
+            fix = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(sorted(names))}"
             raise SetupError(
                 f"{owner} has no option {name!r}",
                 code="MS120",
                 where=caller(),
-                fix=f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(sorted(names))}",
+                fix=INSTEAD.get(name, fix),
             )
 
 

@@ -180,16 +180,20 @@ class Publisher(Spied):
             )
         return max(self.publications, key=lambda p: _common(p.chain, chain))
 
-    async def publish(self, message: Any = None, **overrides: Any) -> Any:
+    async def publish(self, message: Any = None, *more: Any, **overrides: Any) -> Any:
         """Publish one message; ``overrides`` are arguments of the broker's ``publish``.
 
         Inside a handler the incoming message's correlation id is kept. Returns the broker's
         receipt. Raises as the broker's ``publish`` does. A publisher with ``batch=True`` takes a
-        list, each item of which is a message, and returns a list.
+        list, each item of which is a message, or several messages, and returns a list.
         """
         publication = self.publication()
         if publication.many:
-            return await publication.all(message, overrides)
+            return await publication.all([message, *more] if more else message, overrides)
+        if more:
+            raise TypeError(
+                f"{self.spec.destination!r} takes one message: batch=True takes several"
+            )
         command = publication.make(message, overrides)
         correlate(command)
         return await publication.send(command)

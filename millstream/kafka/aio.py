@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import logging
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from aiokafka import errors as _errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from aiokafka.conn import create_conn
 
+from ..errors import SetupError
 from ..security import tls_fault
 from .client import ASK, Broken, Pairs
 from .message import Record, RecordMetadata
@@ -51,6 +53,7 @@ _NAMES = {
     18: "RECORD_LIST_TOO_LARGE",
     22: "ILLEGAL_GENERATION",
     25: "UNKNOWN_MEMBER_ID",
+    26: "INVALID_SESSION_TIMEOUT",
     27: "REBALANCE_IN_PROGRESS",
     29: "TOPIC_AUTHORIZATION_FAILED",
     30: "GROUP_AUTHORIZATION_FAILED",
@@ -88,6 +91,12 @@ def records(messages: list[Any], parts: Mapping[Any, Partition]) -> list[Record]
     return found
 
 
+def suited(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some settings that a class of the library takes."""
+    taken = inspect.signature(kind).parameters
+    return {name: value for name, value in settings.items() if name in taken}
+
+
 async def quietly(ending: Coroutine[Any, Any, None]) -> None:
     """Let something of the library end: at most :data:`LEAVE` seconds, and whatever it raises.
 
@@ -121,16 +130,26 @@ class AioClient:
         self, settings: Mapping[str, Any], producing: Mapping[str, Any], patience: float
     ) -> None:
         self.settings, self._producing, self._patience = settings, producing, patience
+        kinds = AIOKafkaAdminClient, AIOKafkaConsumer, AIOKafkaProducer
+        for name in settings.keys() - {n for kind in kinds for n in suited(kind, settings)}:
+            raise SetupError(f"aiokafka has no setting {name!r}", fix="leave it out of config=")
         self.loop: asyncio.AbstractEventLoop
         self._admin: Any = None
         self._producer: Any = None
         self._looker: Any = None
-        self._waiting: deque[tuple[asyncio.Future[RecordMetadata], dict[str, Any]]] = deque()
-        self._news = asyncio.Event()
-        self._sender: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
+        #: Messages that the producer has not taken, by topic: one that is not there keeps up
+        #: nobody else's. Each has a task.
+        self._waiting: dict[str, deque[tuple[asyncio.Future[RecordMetadata], dict[str, Any]]]] = {}
+        self._senders: set[asyncio.Task[None]] = set()
         self._ending: set[asyncio.Task[None]] = set()
         #: Messages that are not confirmed.
         self._open: set[asyncio.Future[RecordMetadata]] = set()
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The arguments of any consumer."""
+        return {**suited(AIOKafkaConsumer, self.settings), "enable_auto_commit": False}
 
     # Connection
 
@@ -139,9 +158,9 @@ class AioClient:
         try:
             async with asyncio.timeout(ASK):
                 await self._greet()
-                self._admin = AIOKafkaAdminClient(**self.settings)
+                self._admin = AIOKafkaAdminClient(**suited(AIOKafkaAdminClient, self.settings))
                 await self._admin.start()
-                self._looker = AIOKafkaConsumer(**self.settings, enable_auto_commit=False)
+                self._looker = AIOKafkaConsumer(**self.reading)
                 await self._looker.start()
         except (_errors.KafkaError, OSError, TimeoutError) as error:
             await self.close()
@@ -149,7 +168,6 @@ class AioClient:
         except BaseException:
             await self.close()
             raise
-        self._sender = self.loop.create_task(self._send_on())
 
     async def _greet(self) -> None:
         """Reach one of the servers: the library keeps to itself why it could not."""
@@ -157,7 +175,7 @@ class AioClient:
         for number, server in enumerate(self.settings["bootstrap_servers"], 1):
             host, _, port = server.rpartition(":")
             try:
-                connection = await create_conn(host, int(port), **options)
+                connection = await create_conn(host.strip("[]"), int(port), **options)
                 connection.close()
                 return
             except (_errors.KafkaError, OSError, TimeoutError):
@@ -187,9 +205,9 @@ class AioClient:
         return task
 
     async def _end_producing(self) -> None:
-        sender, self._sender = self._sender, None
         producer, self._producer = self._producer, None
-        if sender is not None:
+        self._waiting.clear()
+        for sender in self._senders:
             sender.cancel()
         if producer is not None:
             # It would wait without end for what no broker confirms.
@@ -207,7 +225,6 @@ class AioClient:
     async def renew(self) -> None:
         """A new producer in place of one that failed for good."""
         await self._end_producing()
-        self._sender = self.loop.create_task(self._send_on())
 
     async def ping(self, timeout: float) -> None:
         """Raise :class:`Broken` unless a broker answers in time."""
@@ -251,44 +268,49 @@ class AioClient:
         self._open.add(future)
         future.add_done_callback(self._open.discard)
         future.add_done_callback(lambda _: timer.cancel())
-        where = partition if partition >= 0 else None
+        where = None if partition == -1 else partition
         message = {"value": value, "key": key, "headers": pairs, "partition": where}
-        self._waiting.append(
-            (future, {"topic": topic, "timestamp_ms": timestamp_ms or None, **message})
-        )
-        self._news.set()
+        waiting = self._waiting.get(topic)
+        if waiting is None:
+            waiting = self._waiting[topic] = deque()
+            sender = self.loop.create_task(self._send_on(topic, waiting))
+            self._senders.add(sender)
+            sender.add_done_callback(self._senders.discard)
+        waiting.append((future, {"timestamp_ms": timestamp_ms or None, **message}))
         return future
 
-    async def _send_on(self) -> None:
-        """Give messages to the producer in the order in which they came."""
-        while True:
-            while self._waiting:
-                future, message = self._waiting[0]
-                if not future.done():
-                    try:
-                        sent = await (await self._started()).send(**message)
-                        sent.add_done_callback(functools.partial(_confirm, future))
-                    except (_errors.KafkaError, OSError, ValueError, AssertionError) as error:
-                        if getattr(error, "retriable", False):  # until nobody waits any more
-                            await asyncio.sleep(TURN)
-                            continue
-                        if not future.done():
-                            future.set_exception(self._refused(broken(error)))
-                self._waiting.popleft()
-            self._news.clear()
-            await self._news.wait()
+    async def _send_on(self, topic: str, waiting: deque[Any]) -> None:
+        """Give the messages of a topic to the producer in the order in which they came."""
+        while waiting:
+            future, message = waiting[0]
+            if not future.done():
+                try:
+                    producer = self._producer or await self._started()
+                    sent = await producer.send(topic, **message)
+                    sent.add_done_callback(functools.partial(_confirm, future))
+                except Exception as error:  # whatever it is, those behind it go on
+                    if getattr(error, "retriable", False):  # until nobody waits any more
+                        await asyncio.sleep(TURN)
+                        continue
+                    if not future.done():
+                        future.set_exception(self._refused(broken(error)))
+            waiting.popleft()
+        if self._waiting.get(topic) is waiting:  # no new producer has begun meanwhile
+            del self._waiting[topic]
 
     async def _started(self) -> Any:
         """The producer: started for the first message, as it takes rights that readers need not."""
-        if self._producer is None:
-            producer = AIOKafkaProducer(**self.settings, **self._producing)
-            try:
-                await producer.start()
-            except BaseException:
-                await quietly(producer.stop())
-                raise
-            self._producer = producer
-        return self._producer
+        async with self._starting:
+            if self._producer is None:
+                settings = {**self._producing, **suited(AIOKafkaProducer, self.settings)}
+                producer = AIOKafkaProducer(**settings)
+                try:
+                    await producer.start()
+                except BaseException:
+                    await quietly(producer.stop())
+                    raise
+                self._producer = producer
+            return self._producer
 
     def _refused(self, problem: Broken) -> Broken:
         if "TOO_LARGE" not in problem.code:
@@ -395,8 +417,7 @@ class AioClient:
 
     async def scan(self, topic: str, starts: Mapping[Place, int]) -> AsyncGenerator[Record, None]:
         """What a topic has now, partition by partition; nothing is consumed."""
-        settings = {**self.settings, "enable_auto_commit": False}
-        consumer = AIOKafkaConsumer(**settings, isolation_level="read_committed")
+        consumer = AIOKafkaConsumer(**{**self.reading, "isolation_level": "read_committed"})
         try:
             await self.asked(consumer.start())
             places = [Place(topic, n) for n in (await self.layout([topic])).get(topic, [])]

@@ -19,7 +19,7 @@ from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitio
 
 from ..driver import SubscriptionSpec
 from ..errors import SetupError
-from .aio import AioClient, broken, quietly
+from .aio import AioClient, broken, quietly, suited
 from .client import MOST, Broken
 from .offsets import Commit, Place, Start
 from .options import KafkaSubscription
@@ -44,17 +44,19 @@ _SAME = (
 def check(spec: SubscriptionSpec) -> None:
     """Raise a :class:`SetupError` for what this library does not know."""
     assert isinstance(spec, KafkaSubscription)
-    strategy = spec.partition_assignment_strategy
     if spec.group_protocol != "classic":
         raise SetupError(
             f"group_protocol={spec.group_protocol!r} with client='aiokafka'",
             fix="take client='confluent', or the classic protocol",
         )
-    if isinstance(strategy, str) and strategy not in _ASSIGNORS:
-        raise SetupError(
-            f"partition_assignment_strategy={strategy!r} with client='aiokafka'",
-            fix=f"one of {', '.join(_ASSIGNORS)}, or client='confluent'",
-        )
+    for strategy in spec.strategies:
+        if isinstance(strategy, str) and strategy not in _ASSIGNORS:
+            raise SetupError(
+                f"partition_assignment_strategy={strategy!r} with client='aiokafka'",
+                fix=f"one of {', '.join(_ASSIGNORS)}, or client='confluent'",
+            )
+    for name in (spec.config or {}).keys() - suited(AIOKafkaConsumer, spec.config or {}).keys():
+        raise SetupError(f"aiokafka's consumer has no setting {name!r}", fix="leave it out")
 
 
 class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -66,22 +68,20 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
         self.client, self.plan, self.owner = client, plan, owner
         spec = plan.spec
         settings: dict[str, Any] = {
-            **client.settings,
-            "group_id": plan.group,
-            "enable_auto_commit": False,
-            "auto_offset_reset": plan.begin,
-            "metadata_max_age_ms": int(plan.refresh * 1000),
-            "max_poll_interval_ms": spec.max_poll_interval_ms or IDLE,
             # The others wait for us so long when the group is shared out anew.
             "rebalance_timeout_ms": spec.revoke_timeout_ms + 10_000,
+            "max_poll_interval_ms": spec.max_poll_interval_ms or IDLE,
+            **client.reading,
+            "group_id": plan.group,
+            "auto_offset_reset": plan.begin,
+            "metadata_max_age_ms": int(plan.refresh * 1000),
+            "exclude_internal_topics": spec.exclude_internal_topics,
         }
         for name in _SAME:
             if getattr(spec, name) is not None:
                 settings[name] = getattr(spec, name)
-        strategy = spec.partition_assignment_strategy or "sticky"
-        if isinstance(strategy, str):
-            strategy = (_ASSIGNORS[strategy],)
-        settings["partition_assignment_strategy"] = strategy
+        some = spec.strategies or ["sticky"]
+        settings["partition_assignment_strategy"] = [_ASSIGNORS.get(s, s) for s in some]
         self._settings = {**settings, **(spec.config or {})}
         self._consumer: Any = None
         self._most = spec.max_poll_records or MOST
@@ -182,6 +182,7 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
                 if now > self._looked + self.plan.refresh:
                     await self._look()
                 if not consumer.assignment():
+                    await consumer.getmany()  # says why the group did not take us
                     await asyncio.sleep(TURN)
                     continue
                 if not room.is_set():
@@ -194,6 +195,8 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
                     self.owner.arrived(messages)
             except (_errors.KafkaError, OSError, Broken) as error:
                 problem = error if isinstance(error, Broken) else broken(error)
+                # One without a kind has ended the library's work for the group.
+                problem.fatal = type(error) is _errors.KafkaError
                 log.debug("%s: %s", self.plan.spec.destination, problem)
                 self.owner.failed(problem)
                 await asyncio.sleep(TURN)
@@ -282,7 +285,7 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
     async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, revoked: Any
     ) -> None:
-        if self._consumer is not None:
+        if self._consumer is not None and revoked:  # it begins with none
             await self._lose(self._consumer, revoked)
 
     async def _lose(self, consumer: Any, partitions: Any) -> None:

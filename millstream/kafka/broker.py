@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, Unpack, overload
 
 from ..broker import Broker, BrokerOptions, split_options
-from ..driver import SubscriptionSpec
+from ..driver import PublicationSpec, SubscriptionSpec
 from ..endpoints import (
     Endpoints,
     Method,
@@ -18,15 +19,16 @@ from ..endpoints import (
     Router,
     asks,
     make,
-    produces,
     sends,
 )
 from ..errors import CapabilityError, MissingExtra, SetupError, StateError
+from ..publisher import Publisher
 from ..security import BaseSecurity
 from ..subscriber import Subscriber
 from .client import Broken, Client
 from .driver import KafkaDriver
 from .flow import Flow
+from .letters import check_letters
 from .offsets import Place
 from .options import (
     KafkaPublication,
@@ -36,7 +38,7 @@ from .options import (
     Topic,
     TopicPartition,
 )
-from .settings import addresses, aiokafka, aiokafka_producing, confluent, producing
+from .settings import addresses, aiokafka, aiokafka_producing, confluent, further, producing
 from .transactions import Transactional, check, opened
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ class KafkaConnect(BrokerOptions, total=False):
         security: how the cluster is reached, and who we are.
         sasl_oauth_token_provider: for SASLOAuthBearer: a function that returns a token, or a
             token and its expiry in seconds since the epoch.
-        sasl_kerberos_service_name, sasl_kerberos_domain_name: for SASLGSSAPI.
+        sasl_kerberos_service_name, sasl_kerberos_domain_name: for SASLGSSAPI; the second one
+            only with aiokafka.
         ssl_cafile, ssl_certfile, ssl_keyfile, ssl_key_password: certificates in files; the
             second and third are who we are.
         client_id: our name in the brokers' logs and quotas.
@@ -64,15 +67,16 @@ class KafkaConnect(BrokerOptions, total=False):
             (10,000): so long others wait for what a process left open that died within one and
             does not come back.
         enable_idempotence: a message that the library sends again is stored once; True.
-        acks: only without idempotence: ``all``, 1 or 0.
+        acks: ``all``, or 1 or 0, with which there is no idempotence.
         compression_type: ``gzip``, ``snappy``, ``lz4``, ``zstd`` or ``none``.
         max_batch_size, linger_ms, partitioner, max_request_size: of the producer, as Kafka's
             clients take them.
         request_timeout_ms, retry_backoff_ms, connections_max_idle_ms: the same, of everything.
         metadata_max_age_ms: between two looks for new topics and partitions.
         reconnect_backoff_max_ms: the longest wait between two attempts to connect; 2000.
+        client_rack: reads from replicas in this rack, where a subscriber does not say otherwise.
         config: further settings of the client library, by its own names.
-        consumer_only, loop, client_rack: accepted for callers of other frameworks.
+        consumer_only, loop: accepted for callers of other frameworks.
     """
 
     client: Literal["confluent", "aiokafka"]
@@ -101,10 +105,10 @@ class KafkaConnect(BrokerOptions, total=False):
     connections_max_idle_ms: int
     metadata_max_age_ms: int
     reconnect_backoff_max_ms: int
+    client_rack: str | None
     config: Mapping[str, Any] | None
     consumer_only: bool
     loop: Any
-    client_rack: str | None
 
 
 class KafkaSubscriber(Subscriber):
@@ -145,6 +149,20 @@ class KafkaSubscriber(Subscriber):
                 raise StateError(f"{self.spec.destination}: not sought: {error}") from error
 
 
+class TopicPublisher(Publisher):
+    """A declared publication on Kafka."""
+
+    async def flush(self) -> None:
+        """Wait until what was published with ``no_confirm=True`` is confirmed, or has failed."""
+        driver: Any = self.publication().broker.driver
+        if isinstance(driver, KafkaDriver):  # in memory all is stored at once
+            await driver.flush()
+
+
+def _to_topic(options: Callable[P, KafkaPublication]) -> Method[P, TopicPublisher]:
+    return Method(options, functools.partial(make, options), "_produce")
+
+
 class _OfTopics(Protocol[P]):
     """``subscriber(topic, ...)``, or with several topics first."""
 
@@ -180,7 +198,12 @@ class KafkaEndpoints(Endpoints):
     """What a Kafka broker and its routers can declare."""
 
     subscriber = _DeclaresTopics(KafkaSubscription)
-    publisher = produces(KafkaPublication)
+    publisher = _to_topic(KafkaPublication)
+
+    def _produce(self, spec: PublicationSpec, /) -> TopicPublisher:
+        publisher = TopicPublisher(spec, self)
+        self.publishers.append(publisher)
+        return publisher
 
     def _subscribe(self, spec: SubscriptionSpec, /) -> KafkaSubscriber:
         subscriber = KafkaSubscriber(spec, self)
@@ -266,8 +289,9 @@ class KafkaBroker(KafkaEndpoints, Broker):
 
     def compile(self) -> None:
         super().compile()
-        if self._transactional:
-            for subscription in self.subscriptions:
+        for subscription in self.subscriptions:
+            check_letters(subscription)
+            if self._transactional:
                 check(subscription)
         if self._client == "aiokafka":
             from .aio_reader import check as check_aio
@@ -299,8 +323,8 @@ class KafkaBroker(KafkaEndpoints, Broker):
 
 def _confluent(options: Mapping[str, Any], timeout: float) -> Callable[[Any], Client]:
     settings, sending = confluent(options), producing(options, timeout)
-    limit = options.get("transaction_timeout_ms", 10_000)
-    return lambda down: Client(settings, sending, down, limit)
+    limit, config = options.get("transaction_timeout_ms", 10_000), further(options.get("config"))
+    return lambda down: Client(settings, sending, down, limit, config)
 
 
 def _aiokafka(options: Mapping[str, Any], timeout: float) -> Callable[[Any], AioClient]:
@@ -320,4 +344,5 @@ __all__ = [
     "KafkaRoute",
     "KafkaRouter",
     "KafkaSubscriber",
+    "TopicPublisher",
 ]

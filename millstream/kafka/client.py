@@ -97,6 +97,7 @@ class Client:
         producing: of the producer besides.
         down: called on the loop with a reason when no broker is reached any more.
         transaction_timeout_ms: how long a transaction may be open.
+        config: librdkafka's as the user gave them; they are before all of ours.
     """
 
     #: How its messages are kept account of: one by one, and many as one.
@@ -108,9 +109,11 @@ class Client:
         producing: Mapping[str, Any],
         down: Callable[[str], None],
         transaction_timeout_ms: int = 10_000,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.transaction_timeout_ms = transaction_timeout_ms
-        self.settings, self.producing = settings, producing
+        self.config = config or {}
+        self.settings, self.producing = {**settings, **self.config}, {**producing, **self.config}
         self._down = down
         self._pool: ThreadPoolExecutor | None = None
         self.loop: asyncio.AbstractEventLoop
@@ -145,7 +148,14 @@ class Client:
             raise reason from error
 
     def _produce(self) -> None:
-        self._producer = Producer({**self.settings, "error_cb": self.on_error, **self.producing})
+        settings = {
+            **self.settings,
+            "error_cb": self.on_error,
+            # So a message to a topic that is not there fails with that, and not for the time.
+            "topic.metadata.propagation.max.ms": int(self.producing["message.timeout.ms"]) // 2,
+            **self.producing,
+        }
+        self._producer = Producer(settings)
         self._open = True
         self._poller = threading.Thread(target=self._report, name="kafka-reports", daemon=True)
         self._poller.start()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..address import AddressSyntax
 from ..base import BaseDriver, Questions, disconnected, not_yet_connected
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
+from ..endpoints import check_types
 from ..errors import (
     ConnectError,
     Fenced,
@@ -23,10 +23,17 @@ from ..errors import (
 from ..message import Message, new_id
 from .client import Broken, Client
 from .flow import Flow, log
-from .letters import KafkaLetters
+from .letters import KafkaLetters, letters_of
 from .message import KafkaMessage, Record, RecordMetadata
 from .offsets import Place
-from .options import SYNTAX, KafkaPublication, KafkaPublish, KafkaSubscription, Topic
+from .options import (
+    SYNTAX,
+    KafkaPublication,
+    KafkaPublish,
+    KafkaSubscription,
+    Topic,
+    TopicPartition,
+)
 from .reader import Plan
 from .retries import Retries, names, topics
 from .transactions import Send, Transactional, TransactionalFlow, unit_of
@@ -108,6 +115,10 @@ class KafkaDriver(BaseDriver):
         try:
             await self.client.connect()
         except Broken as error:
+            if error.code == "_INVALID_ARG":
+                raise SetupError(
+                    f"{self._where}: {error}", fix="see the options of KafkaBroker"
+                ) from error
             permanent = "AUTH" in error.code or "SSL" in error.code
             raise ConnectError(f"{self._where}: {error}", permanent=permanent) from error
         self._connected, self._reason = True, ""
@@ -194,6 +205,8 @@ class KafkaDriver(BaseDriver):
             return SetupError(
                 f"{what}: {error}", fix="have them made by an operator, or grant the right"
             )
+        if error.code == "_INVALID_ARG":
+            return SetupError(f"{what}: {error}", fix="see the options of the subscriber")
         return ConnectError(f"{self._where}: {what}: {error}")
 
     def plan(self, spec: KafkaSubscription) -> Plan:
@@ -217,10 +230,23 @@ class KafkaDriver(BaseDriver):
         kind = TransactionalFlow if exactly_once else Flow
         flow = kind(self, spec, sink, lost, self.plan(spec))
         try:
+            await self._look_for(spec.partitions)
             await self.begin(flow)
         except Broken as error:
             raise self._refusal(f"{spec.destination} cannot be read", error) from error
         return flow
+
+    async def _look_for(self, partitions: Sequence[TopicPartition]) -> None:
+        """Raise a :class:`SetupError` for those that a topic does not have."""
+        if not partitions:
+            return
+        there = await self.client.layout(list({p.topic for p in partitions}))
+        for p in partitions:
+            if p.topic in there and p.partition not in there[p.topic]:
+                raise SetupError(
+                    f"{p.topic} has no partition {p.partition}",
+                    fix=f"it has {len(there[p.topic])}, counted from 0",
+                )
 
     # Publishing
 
@@ -259,6 +285,10 @@ class KafkaDriver(BaseDriver):
         except TimeoutError:
             raise self._unsent(command, Broken("no confirmation", "_MSG_TIMED_OUT")) from None
 
+    async def flush(self) -> None:
+        """Wait until all that the library has is confirmed, or has failed."""
+        await self.client.flush(self.publish_timeout)
+
     def _offer(
         self, command: KafkaPublish, data: bytes, headers: dict[str, str] | None
     ) -> asyncio.Future[RecordMetadata] | None:
@@ -271,6 +301,8 @@ class KafkaDriver(BaseDriver):
             return None
         except Broken as error:
             raise self._unsent(command, error) from error
+        except (AttributeError, TypeError) as error:
+            raise _mistake(command, error) from error
 
     def _as_send(self, command: KafkaPublish, data: bytes, headers: dict[str, str] | None) -> Send:
         topic = command.destination
@@ -400,7 +432,7 @@ class KafkaDriver(BaseDriver):
         self, spec: SubscriptionSpec, name: str | None, *, declare: bool = True
     ) -> str:
         assert isinstance(spec, KafkaSubscription)
-        address = name or f"{literal(spec)}.dlq"
+        address = name or letters_of(spec)
         if declare:
             await self.client.make([Topic(address, config={"retention.ms": "-1"})])
         return address
@@ -409,13 +441,22 @@ class KafkaDriver(BaseDriver):
         return KafkaLetters(self, address)
 
 
-def literal(spec: KafkaSubscription) -> str:
-    """A topic's name made from what is subscribed to."""
-    text = spec.destination.split(",")[0]
-    if not spec.wild:
-        return text
-    text = re.sub(r"\\(.)", r"\1", text).replace("*", "any")
-    return re.sub(r"\.{2,}", ".", re.sub(r"[^a-zA-Z0-9._-]", "", text)).strip(".")
+def _mistake(command: KafkaPublish, error: Exception) -> SetupError:
+    """What is wrong with a message that could not even be given to the library."""
+    topic: Any = command.topic
+    headers: dict[str, Any] = dict(command.headers or {})
+    if not isinstance(topic, str | Topic):
+        return SetupError(f"topic={topic!r}", code="MS121", fix="a name, or a Topic")
+    for name, value in headers.items():
+        if not isinstance(value, str):
+            return SetupError(
+                f"header {name!r} is {value!r}", code="MS121", fix="headers are texts"
+            )
+    try:
+        check_types(command, "publish")
+    except SetupError as mistake:
+        return mistake
+    return SetupError(f"{topic!r} was not published: {error}")
 
 
 def _confirmed(receipt: RecordMetadata) -> asyncio.Future[RecordMetadata]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Unpack
 
-from ..endpoints import produces
 from ..fastapi.router import RouterOptions, StreamRouter
 from ..params import Context, Depends, Header, Logger, Path
 from .annotations import ContextRepo, KafkaBroker, KafkaMessage
 from .broker import KafkaBroker as _KafkaBroker
-from .broker import KafkaConnect, _DeclaresTopics
+from .broker import KafkaConnect, _DeclaresTopics, _to_topic
 from .broker import KafkaRouter as _KafkaRouter
 from .options import KafkaPublication, KafkaSubscription
 
@@ -44,7 +43,7 @@ class KafkaRouter(StreamRouter[_KafkaBroker]):
     broker_class = _KafkaBroker
     router_class = _KafkaRouter
     subscriber = _DeclaresTopics(KafkaSubscription)
-    publisher = produces(KafkaPublication)
+    publisher = _to_topic(KafkaPublication)
 
     def __init__(
         self,

@@ -37,8 +37,14 @@ CAREFUL, CAREFUL_FOR = 0.05, 30.0
 JOINED = 5.0
 #: Seconds that it takes longer if it is refused meanwhile.
 REFUSED = 1.0
-#: Errors that no retry heals.
-_DENIED = ("TOPIC_AUTHORIZATION_FAILED", "GROUP_AUTHORIZATION_FAILED")
+_RIGHTS = "grant the user to read the topic and the group (docs/kafka.md, Security)"
+#: Errors that no retry heals, and what does.
+_DENIED = {
+    "TOPIC_AUTHORIZATION_FAILED": _RIGHTS,
+    "GROUP_AUTHORIZATION_FAILED": _RIGHTS,
+    "INVALID_SESSION_TIMEOUT": "a session_timeout_ms between the cluster's "
+    "group.min.session.timeout.ms and group.max.session.timeout.ms",
+}
 _MISSING = ("UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "UNKNOWN_TOPIC_ID")
 
 
@@ -248,12 +254,8 @@ class Flow:
         if self.halted:
             return
         if error.code in _DENIED:
-            self._lose(
-                SetupError(
-                    f"{self.spec.destination}: {error}",
-                    fix="grant the user to read the topic and the group (docs/kafka.md, Security)",
-                )
-            )
+            fault = SetupError(f"{self.spec.destination}: {error}", fix=_DENIED[error.code])
+            self._lose(fault)
         elif error.fatal:
             self._lose(error)
         elif error.code in _MISSING:

@@ -9,19 +9,46 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from ..errors import NoLetters, NoResponders
+from ..errors import NoLetters, NoResponders, SetupError
 from ..letters import Letter
 from ..message import Link
 from .client import Broken
 from .message import KafkaMessage, Record
 from .offsets import Place
-from .options import KafkaPublish, Topic
+from .options import KafkaPublish, KafkaSubscription, Topic
 
 if TYPE_CHECKING:
+    from ..subscription import Subscription
     from .driver import KafkaDriver
+
+
+def check_letters(subscription: Subscription) -> None:
+    """Raise a :class:`SetupError` for a pattern that would read its own dead letters."""
+    spec, dead_letter = subscription.spec, subscription.failing.dead_letter
+    assert isinstance(spec, KafkaSubscription)
+    if dead_letter is None or spec.group_id is None:
+        return
+    topic = dead_letter.destination or letters_of(spec)
+    if spec.covers(topic):
+        raise SetupError(
+            f"{spec.destination!r} takes {topic!r} too, where its own dead letters go: each would "
+            "fail again without end",
+            where=subscription.where,
+            fix="a narrower pattern, or dead_letter=, a topic that it does not take, or None",
+        )
+
+
+def letters_of(spec: KafkaSubscription) -> str:
+    """Where the dead letters of a subscription go that does not say it."""
+    text = spec.destination.split(",")[0]
+    if spec.wild:
+        text = re.sub(r"\\(.)", r"\1", text).replace("*", "any")
+        text = re.sub(r"\.{2,}", ".", re.sub(r"[^a-zA-Z0-9._-]", "", text)).strip(".")
+    return f"{text}.dlq"
 
 
 class KafkaLetters:

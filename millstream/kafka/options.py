@@ -14,6 +14,7 @@ from ..driver import Batch, Bindings, Capability, PublicationSpec, PublishComman
 from ..errors import AddressError, SetupError
 from ..message import Message
 from .message import KafkaMessage
+from .settings import further
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 _NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
@@ -103,10 +104,36 @@ def _compile(template: str) -> Address:
         matcher = re.compile(expression.removesuffix("$"))
     except re.error as error:
         raise AddressError(f"{template!r} is no regular expression: {error}") from error
-    # The client library's own regular expressions know no classes by a letter.
-    pattern = pattern.replace(r"\d", "[0-9]").replace(r"\w", "[a-zA-Z0-9_]")
-    pattern = pattern if raw else f"^{pattern}$"
+    # Of the whole name, with every client and protocol.
+    inside = _portable(template, pattern).removeprefix("^").removesuffix("$") if raw else pattern
+    pattern = f"^({inside})$" if "|" in inside else f"^{inside}$"
     return MatchedAddress(template, pattern, places, ".", matcher)
+
+
+#: What is not the same in every library's regular expressions: classes and groups.
+_UNLIKE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?::|P<\w+>)?")
+_LETTERS = {r"\d": "0-9", r"\w": "a-zA-Z0-9_"}
+
+
+def _portable(template: str, pattern: str) -> str:
+    """The same for librdkafka, that knows no classes by a letter and no marks of groups."""
+
+    def replaced(found: re.Match[str]) -> str:
+        text = found[0]
+        if text.startswith("["):
+            inside = text[1:-1]
+            if r"\-" in inside:  # a backslash is itself in there, and so is a dash at the end
+                inside = inside.replace(r"\-", "") + "-"
+            inside = re.sub(r"\\.", lambda m: _LETTERS.get(m[0], m[0][1:]), inside)
+            return f"[{inside}]"
+        if text == "(?":
+            raise AddressError(
+                f"{template!r}: Kafka's clients know neither flags nor looking ahead",
+                fix="a group is (...) or (?:...)",
+            )
+        return "(" if text.startswith("(") else f"[{_LETTERS[text]}]" if text in _LETTERS else text
+
+    return _UNLIKE.sub(replaced, pattern)
 
 
 def _piece(text: str, raw: bool) -> str:
@@ -142,7 +169,8 @@ class KafkaOptions(SubscriptionSpec, frozen=True, kw_only=True):
         group_id: the consumer group, whose members share the partitions and whose committed
             offsets say what is done. Without one every process reads everything from now on, and
             nothing is settled.
-        pattern: instead of topics: a regular expression of their names, with ``{placeholders}``.
+        pattern: instead of topics: a regular expression of their whole names, with
+            ``{placeholders}``.
         partitions: instead of topics: these partitions, whoever else reads them.
         ordered_by: as everywhere, and ``by_key`` (the default of a concurrent subscription) or
             ``by_partition``.
@@ -175,8 +203,10 @@ class KafkaOptions(SubscriptionSpec, frozen=True, kw_only=True):
         on_assign, on_revoke, on_lost: called with the partitions, after they came, before they go,
             and when they are gone already.
         listener: the same as an object of aiokafka's ``ConsumerRebalanceListener``.
-        polling_interval, consumer_timeout_ms, exclude_internal_topics, rebalance_timeout_ms:
-            accepted for callers of other frameworks.
+        exclude_internal_topics: a pattern takes none of the cluster's own topics, whose names
+            begin with ``__``.
+        polling_interval, consumer_timeout_ms, rebalance_timeout_ms: accepted for callers of
+            other frameworks.
         config: further settings of the client library.
     """
 
@@ -227,6 +257,13 @@ class KafkaSubscription(KafkaOptions, frozen=True):
     topics: str | Topic | Sequence[str | Topic] = ()
 
     def __post_init__(self) -> None:
+        given = (self.topics,) if isinstance(self.topics, str | Topic) else self.topics
+        _of_kind(given, "topics", str, Topic)
+        _of_kind(self.partitions, "partitions", TopicPartition)
+        _of_kind((self.batch,), "batch", Batch, bool, type(None))
+        for name in ("on_assign", "on_revoke", "on_lost"):
+            if not callable(getattr(self, name) or callable):
+                raise TypeError(f"{name}={getattr(self, name)!r} is no function")
         force = msgspec.structs.force_setattr
         if isinstance(self.batch, bool):
             batch = Batch(self.max_records or 100, self.batch_timeout_ms / 1000)
@@ -243,6 +280,16 @@ class KafkaSubscription(KafkaOptions, frozen=True):
         given = self.topics
         some: Sequence[str | Topic] = (given,) if isinstance(given, str | Topic) else given
         return [Topic(t) if isinstance(t, str) else t for t in some if t]
+
+    @property
+    def strategies(self) -> list[Any]:
+        """The assignment strategies that are asked for: names, or classes."""
+        given = self.partition_assignment_strategy or ()
+        return list(given) if isinstance(given, list | tuple) else [given]
+
+    def covers(self, topic: str) -> bool:
+        """Whether a pattern takes a topic."""
+        return self.wild and re.match(SYNTAX.compile(self.destination).pattern, topic) is not None
 
     @property
     def wild(self) -> bool:
@@ -301,11 +348,14 @@ class KafkaSubscription(KafkaOptions, frozen=True):
                     f"{self.destination!r}: a pattern beside other topics",
                     fix="declare a subscriber for each",
                 )
-            if not wild and not _NAME.fullmatch(topic.name):
-                raise AddressError(
-                    f"{topic.name!r} cannot be a topic's name",
-                    fix="letters, digits, '.', '_' and '-', at most 249",
-                )
+            if not wild:
+                _check(topic)
+        if self.group_protocol == "consumer" and self.covers("__consumer_offsets"):
+            raise SetupError(
+                f"{self.destination!r} takes the cluster's own topics with group_protocol="
+                "'consumer', where it cannot be said which topics a pattern does not take",
+                fix="a pattern that takes no name with __ before it, such as '[^_].*'",
+            )
         if self.group_id == "":
             raise SetupError("the group has no name", fix="give one, such as group_id='invoices'")
         if self.group_id is None and self.group_instance_id:
@@ -314,15 +364,61 @@ class KafkaSubscription(KafkaOptions, frozen=True):
             raise SetupError("partitions= with group_protocol='consumer'", fix="leave out one")
         if any(p.partition < 0 for p in self.partitions):
             raise SetupError("a TopicPartition without a partition", fix="give its number, from 0")
+        for p in self.partitions:
+            if p.offset < 0 and p.offset not in (-1, -2, -1001):
+                raise SetupError(
+                    f"offset={p.offset} of {p.topic}",
+                    fix="0 or more, -2 for the beginning, or -1 for the end",
+                )
+        for name, known in _CHOICES.items():
+            given = getattr(self, name)
+            for value in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(value, str) and value not in known:
+                    raise SetupError(f"{name}={value!r}", fix=f"one of {', '.join(known)}")
+        for name in _CLASSIC if self.group_protocol == "consumer" else ():
+            if getattr(self, name):
+                raise SetupError(
+                    f"{name}= with group_protocol='consumer', where the cluster says that",
+                    fix="leave out one",
+                )
+        further(self.config)
         if self.auto_offset_reset not in (None, "earliest", "latest"):
             raise SetupError(
                 f"auto_offset_reset={self.auto_offset_reset!r}", fix="'earliest' or 'latest'"
             )
-        if self.auto_commit_interval_ms <= 0 or self.window < 1:
-            raise SetupError(
-                f"auto_commit_interval_ms={self.auto_commit_interval_ms}, window={self.window}",
-                fix="both are above 0",
-            )
+        for name in ("auto_commit_interval_ms", "window", "max_records", "max_poll_records"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SetupError(f"{name}={value}", fix="above 0")
+        for name in ("batch_timeout_ms", "revoke_timeout_ms"):
+            if (value := getattr(self, name)) < 0:
+                raise SetupError(f"{name}={value}", fix="0 or more")
+
+
+_CHOICES = {
+    "group_protocol": ("classic", "consumer"),
+    "isolation_level": ("read_committed", "read_uncommitted"),
+    "partition_assignment_strategy": ("cooperative-sticky", "sticky", "range", "roundrobin"),
+}
+#: What only members by the classic protocol say.
+_CLASSIC = ("partition_assignment_strategy", "session_timeout_ms", "heartbeat_interval_ms")
+
+
+def _of_kind(values: Any, name: str, *kinds: type) -> None:
+    for value in values if isinstance(values, list | tuple) else (values,):
+        if not isinstance(value, kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise TypeError(f"{name}: {value!r} is {type(value).__name__}, not {wanted}")
+
+
+def _check(topic: Topic) -> None:
+    if not _NAME.fullmatch(topic.name) or topic.name in (".", ".."):
+        raise AddressError(
+            f"{topic.name!r} cannot be a topic's name",
+            fix="letters, digits, '.', '_' and '-', at most 249",
+        )
+    for name in ("num_partitions", "replication_factor"):
+        if (value := getattr(topic, name)) is not None and value < 1:
+            raise SetupError(f"{name}={value} of {topic.name}", fix="1 or more, or leave it out")
 
 
 _VERSION = {"bindingVersion": "0.5.0"}
@@ -356,6 +452,9 @@ class KafkaPublication(PublicationSpec, frozen=True):
     batch: bool = False
     autoflush: bool = False
 
+    def __post_init__(self) -> None:
+        _of_kind((self.topic,), "topic", str, Topic)
+
     def prefixed(self, prefix: str) -> KafkaPublication:
         new = msgspec.structs.replace
         topic = self.topic
@@ -376,11 +475,9 @@ class KafkaPublication(PublicationSpec, frozen=True):
         return _of_topic(Topic(self.topic) if isinstance(self.topic, str) else self.topic)
 
     def check(self) -> None:
-        if not _NAME.fullmatch(self.destination):
-            raise AddressError(
-                f"{self.destination!r} cannot be a topic's name",
-                fix="letters, digits, '.', '_' and '-', at most 249",
-            )
+        _check(Topic(self.topic) if isinstance(self.topic, str) else self.topic)
+        if self.partition is not None and self.partition < 0:
+            raise SetupError(f"partition={self.partition}", fix="its number, from 0")
 
 
 class KafkaPublishMessage(msgspec.Struct):

@@ -146,14 +146,15 @@ class Reader:
         if spec.group_protocol == "consumer":
             settings["group.protocol"] = "consumer"
         else:
-            wanted = spec.partition_assignment_strategy or "cooperative-sticky"
-            names = wanted if isinstance(wanted, list | tuple) else [wanted]
-            settings["partition.assignment.strategy"] = ",".join(map(_strategy, names))
+            names = map(_strategy, spec.strategies or ["cooperative-sticky"])
+            settings["partition.assignment.strategy"] = ",".join(names)
         for field, name in _OPTIONS.items():
             value = getattr(spec, field)
             if value is not None:
                 settings[name] = value
-        self.settings = {**settings, **(spec.config or {})}
+        if plan.topics[:1] and plan.topics[0].startswith("^") and spec.exclude_internal_topics:
+            settings["topic.blacklist"] = "^__"
+        self.settings = {**settings, **client.config, **(spec.config or {})}
         self.incremental = spec.group_protocol == "consumer" or "cooperative" in str(
             self.settings.get("partition.assignment.strategy", "")
         )
@@ -182,18 +183,23 @@ class Reader:
             raise broken(error) from error
         self._ended = self.loop.create_future()
         self.member = self._consumer.consumer_group_metadata()
-        thread = threading.Thread(target=self._live, name="kafka-reader", daemon=True)
-        if self.plan.partitions or self.plan.group is None:
-            await self.client.ask(self._take, True)
-        else:
-            self._consumer.subscribe(
-                self.plan.topics,
-                on_assign=self._on_assign,
-                on_revoke=self._on_revoke,
-                on_lost=self._on_lost,
-            )
-            self.trust()
-        thread.start()
+        try:
+            if self.plan.partitions or self.plan.group is None:
+                await self.client.ask(self._take, True)
+            else:
+                self._consumer.subscribe(
+                    self.plan.topics,
+                    on_assign=self._on_assign,
+                    on_revoke=self._on_revoke,
+                    on_lost=self._on_lost,
+                )
+                self.trust()
+        except BaseException as error:
+            self._ended = None  # there is no thread that would end it
+            if isinstance(error, KafkaException):
+                raise broken(error) from error
+            raise
+        threading.Thread(target=self._live, name="kafka-reader", daemon=True).start()
 
     async def close(self) -> None:
         """Leave the group, after a last commit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,17 +30,32 @@ def addresses(servers: str | Sequence[str]) -> list[str]:
     Raises:
         SetupError: there is none.
     """
-    given = servers.split(",") if isinstance(servers, str) else list(servers)
-    found = [s.strip() for s in given if s.strip()]
+    given = servers.split(",") if isinstance(servers, str) else servers
+    if not (isinstance(given, list | tuple | set) and all(isinstance(s, str) for s in given)):
+        raise SetupError(f"bootstrap_servers={servers!r}", fix="'localhost:9092', or several")
+    found = [s.rpartition("://")[2].strip() for s in given if s.strip()]
     if not found:
         raise SetupError("no server", fix="give one: KafkaBroker('localhost:9092')")
-    return [s.rpartition("://")[2] for s in found]
+    found = [s if _WITH_PORT.search(s) else f"{s}:9092" for s in found]
+    for server in found:
+        port = server.rpartition(":")[2]
+        if not (port.isdecimal() and 0 < int(port) < 65536):
+            raise SetupError(f"{server!r} is no server", fix="host:port, such as localhost:9092")
+    return found
+
+
+#: An address with a port; a colon within brackets belongs to an IPv6 address.
+_WITH_PORT = re.compile(r":[^\]]*$")
 
 
 def mechanism(security: BaseSecurity | None) -> tuple[str, str]:
     """Kafka's names of the protocol and of the SASL mechanism, "" for none."""
     if security is None:
         return "PLAINTEXT", ""
+    if not isinstance(security, BaseSecurity):
+        raise SetupError(
+            f"security={security!r}", fix="one of millstream.security, such as SASLPlaintext(...)"
+        )
     kinds: dict[type[BaseSecurity], str] = {
         SASLScram512: "SCRAM-SHA-512",
         SASLScram256: "SCRAM-SHA-256",
@@ -50,6 +66,29 @@ def mechanism(security: BaseSecurity | None) -> tuple[str, str]:
     name = next((name for kind, name in kinds.items() if isinstance(security, kind)), "")
     protocol = "SSL" if security.use_ssl else "PLAINTEXT"
     return (f"SASL_{protocol}" if name else protocol), name
+
+
+#: Settings of the libraries that undo what is promised, and what to say instead.
+_OURS = {
+    "enable.auto.commit": "offsets are committed when their messages are handled",
+    "enable.auto.offset.store": "offsets are committed when their messages are handled",
+    "group.id": "group_id= of the subscriber",
+    "transactional.id": "transactional_id= of the broker",
+}
+
+
+def further(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Settings that the user gives by the library's own names.
+
+    Raises:
+        SetupError: one of them is ours to make.
+    """
+    if config is not None and not isinstance(config, Mapping):
+        raise SetupError(f"config={config!r}", fix="a dict of the client library's settings")
+    for name in config or {}:
+        if (fix := _OURS.get(name.replace("_", "."))) is not None:
+            raise SetupError(f"{name!r} in config=", fix=fix)
+    return config or {}
 
 
 def confluent(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,9 +117,14 @@ def confluent(options: Mapping[str, Any]) -> dict[str, Any]:
         found["oauth_cb"] = lambda config: token()
     if sasl == "GSSAPI":
         found["sasl.kerberos.service.name"] = options.get("sasl_kerberos_service_name") or "kafka"
+    if options.get("sasl_kerberos_domain_name"):
+        raise SetupError(
+            "sasl_kerberos_domain_name with client='confluent', whose domain is each broker's host",
+            fix="leave it out, or take client='aiokafka'",
+        )
     if security is not None and security.ssl_context is not None:
         found |= _from_context(security.ssl_context)
-    return {**found, **(options.get("config") or {})}
+    return found
 
 
 _CONFLUENT = {
@@ -88,6 +132,7 @@ _CONFLUENT = {
     "retry_backoff_ms": "retry.backoff.ms",
     "connections_max_idle_ms": "connections.max.idle.ms",
     "metadata_max_age_ms": "topic.metadata.refresh.interval.ms",
+    "client_rack": "client.rack",
     "ssl_cafile": "ssl.ca.location",
     "ssl_certfile": "ssl.certificate.location",
     "ssl_keyfile": "ssl.key.location",
@@ -110,32 +155,61 @@ def _from_context(context: ssl.SSLContext) -> dict[str, Any]:
 
 def producing(options: Mapping[str, Any], publish_timeout: float) -> dict[str, Any]:
     """librdkafka's settings of the producer besides."""
-    idempotent = options.get("enable_idempotence", True)
+    idempotent, acks = confirming(options)
     found: dict[str, Any] = {
         "enable.idempotence": idempotent,
-        "acks": "all",
+        "acks": acks,
         "linger.ms": 0,
-        "partitioner": "murmur2_random",
         "message.timeout.ms": int(publish_timeout * 1000),
         "queue.buffering.max.messages": 100_000,
         "message.max.bytes": options.get("max_request_size") or 1_048_576,
+        "compression.type": compression(options) or "none",
+        "partitioner": options.get("partitioner") or "murmur2_random",
     }
     if options.get("allow_auto_create_topics") is not None:
         found["allow.auto.create.topics"] = options["allow_auto_create_topics"]
     for name, key in _PRODUCING.items():
         if options.get(name) is not None:
             found[key] = options[name]
-    if not idempotent and options.get("acks") is not None:
-        found["acks"] = options["acks"]
+    if not isinstance(found["partitioner"], str):
+        raise SetupError(
+            f"partitioner={found['partitioner']!r}: a function, with client='confluent'",
+            fix="a name such as 'murmur2_random' or 'consistent_random', or client='aiokafka'",
+        )
     return found
 
 
-_PRODUCING = {
-    "compression_type": "compression.type",
-    "max_batch_size": "batch.size",
-    "linger_ms": "linger.ms",
-    "partitioner": "partitioner",
-}
+def confirming(options: Mapping[str, Any]) -> tuple[bool, Any]:
+    """Whether the producer is idempotent, and which copies confirm a message.
+
+    As with Kafka's own client, fewer ``acks`` than all of them turn idempotence off.
+
+    Raises:
+        SetupError: both are asked for, or there is no such choice.
+    """
+    acks, wanted = options.get("acks"), options.get("enable_idempotence")
+    acks = "all" if acks in (None, -1, "-1") else acks
+    if acks not in ("all", 1, 0, "1", "0"):
+        raise SetupError(f"acks={acks!r}", fix="'all', 1 or 0")
+    if acks == "all":
+        return wanted is not False, acks
+    if wanted or options.get("transactional_id") is not None:
+        asks = "transactional_id=" if not wanted else "enable_idempotence=True"
+        raise SetupError(f"acks={acks!r} with {asks}, which needs all", fix="leave out one")
+    return False, int(acks)
+
+
+def compression(options: Mapping[str, Any]) -> str | None:
+    """How messages are compressed; None for not at all."""
+    name: str | None = options.get("compression_type")
+    if name not in (None, "none", "gzip", "snappy", "lz4", "zstd"):
+        raise SetupError(
+            f"compression_type={name!r}", fix="'gzip', 'snappy', 'lz4', 'zstd' or 'none'"
+        )
+    return None if name == "none" else name
+
+
+_PRODUCING = {"max_batch_size": "batch.size", "linger_ms": "linger.ms"}
 
 
 def token_of(options: Mapping[str, Any]) -> Callable[[], tuple[str, float]]:
@@ -186,11 +260,12 @@ def aiokafka(options: Mapping[str, Any]) -> dict[str, Any]:
         "security_protocol": protocol,
         "request_timeout_ms": 10_000,
     }
-    for name in ("request_timeout_ms", "retry_backoff_ms", "connections_max_idle_ms"):
+    for name in (
+        *("request_timeout_ms", "retry_backoff_ms", "connections_max_idle_ms"),
+        *("metadata_max_age_ms", "client_rack", "sasl_kerberos_domain_name"),
+    ):
         if options.get(name) is not None:
             found[name] = options[name]
-    if options.get("metadata_max_age_ms") is not None:
-        found["metadata_max_age_ms"] = options["metadata_max_age_ms"]
     if security is not None and security.use_ssl:
         files = (options.get(f"ssl_{name}") for name in ("cafile", "certfile", "keyfile"))
         cafile, certfile, keyfile = files
@@ -215,7 +290,7 @@ def aiokafka(options: Mapping[str, Any]) -> dict[str, Any]:
                 "SASLGSSAPI with client='aiokafka' needs gssapi", fix="pip install gssapi"
             )
         found["sasl_kerberos_service_name"] = options.get("sasl_kerberos_service_name") or "kafka"
-    return {**found, **(options.get("config") or {})}
+    return {**found, **further(options.get("config"))}
 
 
 def _provider(token: Callable[[], tuple[str, float]]) -> Any:
@@ -232,15 +307,27 @@ def _provider(token: Callable[[], tuple[str, float]]) -> Any:
 
 def aiokafka_producing(options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of aiokafka's producer besides."""
-    idempotent = options.get("enable_idempotence", True)
+    from aiokafka import codec
+
+    idempotent, acks = confirming(options)
+    name = compression(options)
+    if name is not None and not getattr(codec, f"has_{name}")():
+        raise SetupError(
+            f"compression_type={name!r} with client='aiokafka' needs cramjam",
+            fix="pip install cramjam",
+        )
+    if not callable(options.get("partitioner") or callable):
+        raise SetupError(
+            f"partitioner={options['partitioner']!r}: a name, with client='aiokafka'",
+            fix="a function (key, all partitions, available ones), or client='confluent'",
+        )
     found: dict[str, Any] = {
         "enable_idempotence": idempotent,
-        "acks": "all",
+        "acks": acks,
         "max_request_size": options.get("max_request_size") or 1_048_576,
+        "compression_type": name,
     }
-    for name in ("compression_type", "max_batch_size", "linger_ms", "partitioner"):
+    for name in ("max_batch_size", "linger_ms", "partitioner"):
         if options.get(name) is not None:
             found[name] = options[name]
-    if not idempotent and options.get("acks") is not None:
-        found["acks"] = options["acks"]
     return found

@@ -12,7 +12,7 @@ from ..memory import MemoryDriver
 from ..memory.bus import Delivery, Source
 from ..message import Message
 from ..testing import Bs, TestBroker
-from .driver import literal
+from .letters import letters_of
 from .message import KafkaMessage, Record, RecordMetadata
 from .options import SYNTAX, KafkaPublish, KafkaSubscription, Topic
 from .transactions import unit_of
@@ -119,7 +119,7 @@ class KafkaMemoryDriver(MemoryDriver):
         return await super().request(command, data, _with_key(command, data, headers), timeout)
 
     def letters_at(self, spec: Any, name: str | None) -> str:
-        return name or f"{literal(spec)}.dlq"
+        return name or letters_of(spec)
 
 
 def _with_key(

@@ -15,7 +15,7 @@ import pytest
 from confluent_kafka import Consumer, Producer
 
 from millstream import Batch, BatchFailed, Response, Retry
-from millstream.errors import MessageTooLarge, SetupError, SetupErrors, StateError
+from millstream.errors import MessageTooLarge, PublishError, SetupError, SetupErrors, StateError
 from millstream.kafka import (
     KafkaBroker,
     KafkaMessage,
@@ -554,6 +554,227 @@ def test_what_is_wrong_is_said_at_once(kafka: Any) -> None:
     with pytest.raises(SetupErrors) as caught:
         broker.compile()
     assert len(caught.value.errors) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"group_protocol": "new"}, "one of classic, consumer"),
+        ({"isolation_level": "none"}, "one of read_committed, read_uncommitted"),
+        ({"partition_assignment_strategy": ["random"]}, "one of cooperative-sticky, sticky"),
+        ({"group_protocol": "consumer", "session_timeout_ms": 6000}, "where the cluster says"),
+        ({"topics": Topic("a", 0)}, "num_partitions=0 of a"),
+        ({"topics": ".."}, "cannot be a topic's name"),
+        ({"topics": TopicPartition("a", 0)}, "is TopicPartition, not str or Topic"),
+        ({"topics": (), "partitions": ["a"]}, "'a' is str, not TopicPartition"),
+        ({"topics": (), "partitions": [TopicPartition("a", 0, -5)]}, "-2 for the beginning"),
+        ({"batch": 5}, "batch: 5 is int"),
+        ({"batch": True, "max_records": 0}, "max_records=0"),
+        ({"revoke_timeout_ms": -1}, "revoke_timeout_ms=-1"),
+        ({"on_assign": "function"}, "is no function"),
+        ({"config": {"enable.auto.commit": True}}, "when their messages are handled"),
+        ({"value_deserializer": bytes.decode}, "decoder= reads bodies"),
+        ({"topics": (), "pattern": "(?!a).*"}, "neither flags nor looking ahead"),
+        ({"topics": (), "pattern": r"orders\..*"}, "where its own dead letters go"),
+        (
+            {"topics": (), "pattern": ".*", "group_protocol": "consumer", "dead_letter": None},
+            "takes the cluster's own topics",
+        ),
+    ],
+)
+def test_a_subscription_that_cannot_be_is_refused(options: Any, text: str) -> None:
+    broker = KafkaBroker()
+    with pytest.raises(SetupError) as caught:
+        broker.subscriber(**{"topics": "a", "group_id": "g", **options})(handle)
+        broker.compile()
+    assert text in str(caught.value)
+
+
+async def handle(body: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"acks": "most"}, "'all', 1 or 0"),
+        ({"acks": 1, "enable_idempotence": True}, "leave out one"),
+        ({"acks": 0, "transactional_id": "a"}, "leave out one"),
+        ({"compression_type": "rar"}, "'gzip', 'snappy', 'lz4', 'zstd' or 'none'"),
+        ({"partitioner": hash}, "a name such as 'murmur2_random'"),
+        ({"partitioner": "murmur2", "client": "aiokafka"}, "a function"),
+        ({"compression_type": "zstd", "client": "aiokafka"}, "pip install cramjam"),
+        ({"sasl_kerberos_domain_name": "a"}, "client='aiokafka'"),
+        ({"config": {"nonsense": 1}, "client": "aiokafka"}, "no setting 'nonsense'"),
+        ({"config": {"group.id": "a"}}, "group_id= of the subscriber"),
+        ({"bootstrap_servers": "host:port"}, "host:port, such as localhost:9092"),
+        ({"bootstrap_servers": 9092}, "'localhost:9092', or several"),
+        ({"security": "secret"}, "one of millstream.security"),
+        ({"value_serializer": str.encode}, "codec= writes bodies"),
+    ],
+)
+def test_a_broker_that_cannot_be_is_refused(options: Any, text: str) -> None:
+    with pytest.raises(SetupError) as caught:
+        KafkaBroker(**options)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("client", ["confluent", "aiokafka"])
+async def test_what_the_library_refuses_is_said(kafka: Any, client: str, caplog: Any) -> None:
+    topic = unique()
+    broker = make(kafka, client=client)
+    await broker.connect()
+    await broker.publish("a", topic)
+    try:
+        absent = broker.subscriber(partitions=[TopicPartition(topic, 7, -2)], persistent=False)
+        absent(handle)
+        with pytest.raises(SetupError, match="has no partition 7") as caught:
+            await absent.start()
+        assert "it has 1" in str(caught.value)
+        hasty = broker.subscriber(topic, group_id=topic, session_timeout_ms=1, persistent=False)
+        hasty(handle)
+        await hasty.start()
+        await eventually(lambda: "group.min.session.timeout.ms" in caplog.text, 10)
+    finally:
+        await broker.stop()
+
+
+async def test_settings_of_the_library_that_are_none(kafka: Any) -> None:
+    with pytest.raises(SetupError, match="nonsense"):
+        await make(kafka, config={"nonsense": 1}).connect()
+    broker = make(kafka)
+    broker.subscriber(unique(), group_id="g", config={"nonsense": 1})(handle)
+    with pytest.raises(SetupError, match="nonsense"):
+        await broker.start()
+    await broker.stop()
+
+
+@pytest.mark.parametrize("client", ["confluent", "aiokafka"])
+async def test_options_of_the_broker_are_in_force(kafka: Any, client: Any) -> None:
+    topic = unique()
+    port = kafka.url.rpartition(":")[2]
+    config = {"client.dns.lookup": "use_all_dns_ips", "fetch.queue.backoff.ms": 7}
+    if client == "aiokafka":
+        config = {"max_poll_records": 3}
+    broker = make(kafka, client=client, client_rack="r1", compression_type="gzip", acks=1)
+    tuned = KafkaBroker(f"PLAINTEXT://localhost:{port}", client=client, config=config)
+    got: list[str] = []
+
+    @tuned.subscriber(topic, group_id=topic)
+    async def handler(body: str) -> None:
+        got.append(body)
+
+    await tuned.start()
+    await broker.connect()
+    try:
+        await broker.publish("a", topic)
+        await eventually(lambda: got, 10)
+        assert got == ["a"]
+    finally:
+        await broker.stop()
+        await tuned.stop()
+
+
+@pytest.mark.parametrize("client", ["confluent", "aiokafka"])
+async def test_a_message_that_cannot_be_keeps_up_no_other(kafka: Any, client: Any) -> None:
+    topic = unique()
+    broker = make(kafka, client=client, publish_timeout=3.0)
+    several = broker.publisher(topic, batch=True)
+    await broker.start()
+    try:
+        first = await broker.publish("a", topic)
+        wrong: Any
+        for wrong in (
+            {"key": 5},
+            {"partition": 9},
+            {"partition": -7},
+            {"partition": "1"},
+            {"timestamp_ms": "now"},
+            {"headers": {"a": 1}},
+        ):
+            with pytest.raises((SetupError, PublishError)):
+                await broker.publish("b", topic, **wrong)
+        with pytest.raises(SetupError, match="topic=5"):
+            await broker.publish("b", 5)  # type: ignore[arg-type]
+        absent = asyncio.create_task(broker.publish("b", "no such name"))
+        await asyncio.sleep(0)
+        began = asyncio.get_running_loop().time()
+        last = await broker.publish("b", topic)
+        assert asyncio.get_running_loop().time() < began + 2.0 and last.offset == first.offset + 1
+        with pytest.raises(PublishError):
+            await absent
+        assert [r.offset for r in await several.publish("c", "d")] == [2, 3]
+    finally:
+        await broker.stop()
+
+
+@pytest.mark.parametrize("client", ["confluent", "aiokafka"])
+async def test_what_nobody_waited_for_is_there_after_a_flush(kafka: Any, client: str) -> None:
+    async with make(kafka, client=client) as broker:
+        publisher = broker.publisher(unique())
+        receipts = [await publisher.publish(i, no_confirm=True) for i in range(50)]
+        await publisher.flush()
+        assert [receipt.result().offset for receipt in receipts] == list(range(50))
+
+
+async def test_a_topic_that_is_not_there_and_is_not_made(kafka: Any) -> None:
+    topic = unique()
+    async with make(kafka, allow_auto_create_topics=False) as broker:
+        with pytest.raises(PublishError, match=f"{topic}.*Unknown topic"):
+            await broker.publish("a", topic)
+
+
+@pytest.mark.parametrize(
+    ("client", "protocol"),
+    [("confluent", "classic"), ("confluent", "consumer"), ("aiokafka", "classic")],
+)
+async def test_a_pattern_means_the_same_everywhere(kafka: Any, client: str, protocol: str) -> None:
+    prefix = unique()
+    broker = make(kafka, client=client)
+    got: list[str] = []
+
+    pattern = rf"{prefix}\.[a\d\-]+\.(?:eu|us)"
+
+    @broker.subscriber(pattern=pattern, group_id=prefix, group_protocol=protocol)
+    async def handler(body: str, message: KafkaMessage) -> None:
+        got.append(message.destination.removeprefix(prefix))
+
+    await broker.connect()
+    names = [".a-1.eu", ".7.us", ".b.eu", ".7.us.later", ".7.asia"]
+    await broker.driver.client.make([Topic(prefix + name) for name in names])
+    await broker.start()
+    try:
+        for name in names:
+            await broker.publish("a", prefix + name)
+        await eventually(lambda: len(got) >= 2, 15)
+        assert sorted(got) == [".7.us", ".a-1.eu"]
+    finally:
+        await broker.stop()
+
+
+@pytest.mark.parametrize("client", ["confluent", "aiokafka"])
+async def test_a_pattern_takes_none_of_the_topics_of_the_cluster(kafka: Any, client: str) -> None:
+    prefix = unique()
+    broker = make(kafka, client=client)
+    got: set[str] = set()
+
+    # Its own commits are messages of __consumer_offsets.
+    pattern = rf"__consumer_offsets|{prefix}"
+
+    @broker.subscriber(pattern=pattern, group_id=prefix, auto_commit_interval_ms=10)
+    async def handler(body: bytes, message: KafkaMessage) -> None:
+        got.add(message.destination)
+
+    await broker.connect()
+    await broker.publish("a", prefix)
+    await broker.start()
+    try:
+        await eventually(lambda: got, 15)
+        await eventually(lambda: broker.subscriptions[0].handled, 5)
+        await broker.publish("b", prefix)
+        await eventually(lambda: broker.subscriptions[0].handled > 1, 5)
+        assert got == {prefix} and broker.subscriptions[0].handled == 2
+    finally:
+        await broker.stop()
 
 
 async def test_the_server_comes_back(kafka_server: Any) -> None:

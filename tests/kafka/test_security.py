@@ -111,6 +111,9 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
         yield where
 
 
+both_clients = pytest.mark.parametrize("client", ["confluent", "aiokafka"])
+
+
 async def works(port: int, **options: Any) -> None:
     """A topic is made, and a message goes there, to a group and on."""
     topic, got = unique(), list[Any]()
@@ -147,14 +150,19 @@ async def keeps_out(port: int, **options: Any) -> str:
     return text
 
 
+@both_clients
 @pytest.mark.parametrize("kind", [SASLPlaintext, SASLScram256, SASLScram512])
-async def test_user_and_password(secured: Secured, kind: type[Any]) -> None:
-    await works(secured.sasl, security=kind("worker", "s3cret"))
-    await works(secured.both, security=kind("worker", "s3cret", ssl_context=secured.context))
-    assert "uthentication" in await keeps_out(secured.sasl, security=kind("worker", "wrong"))
+async def test_user_and_password(secured: Secured, kind: type[Any], client: str) -> None:
+    sasl, both = secured.sasl, secured.both
+    await works(sasl, client=client, security=kind("worker", "s3cret"))
+    tls = kind("worker", "s3cret", ssl_context=secured.context)
+    await works(both, client=client, security=tls)
+    text = await keeps_out(sasl, client=client, security=kind("worker", "wrong"))
+    assert "uthentication" in text
 
 
-async def test_tokens(secured: Secured) -> None:
+@both_clients
+async def test_tokens(secured: Secured, client: Any) -> None:
     asked = list[float]()
 
     def token(seconds: float = 60.0) -> tuple[str, float]:
@@ -167,15 +175,18 @@ async def test_tokens(secured: Secured) -> None:
         return b".".join([*(part.rstrip(b"=") for part in parts), b""]).decode(), end
 
     security = SASLOAuthBearer(ssl_context=secured.context)
-    await works(secured.both, security=security, sasl_oauth_token_provider=token)
+    options: dict[str, Any] = {"client": client, "security": security}
+    await works(secured.both, **options, sasl_oauth_token_provider=token)
     assert asked
     with pytest.raises(SetupError, match="without a token"):
-        KafkaBroker(f"127.0.0.1:{secured.both}", security=security)
+        KafkaBroker(f"127.0.0.1:{secured.both}", **options)
 
 
-async def test_tls_and_client_certificates(secured: Secured) -> None:
+@both_clients
+async def test_tls_and_client_certificates(secured: Secured, client: str) -> None:
     folder = secured.folder
     files = {"ssl_cafile": str(folder / "ca.pem"), "security": BaseSecurity(use_ssl=True)}
+    files["client"] = client
     own = {"ssl_certfile": str(folder / "client.pem"), "ssl_keyfile": str(folder / "client.key")}
     await works(secured.tls, **files, **own)
     # Without a certificate of ours the server ends the connection, after the handshake.
@@ -184,14 +195,18 @@ async def test_tls_and_client_certificates(secured: Secured) -> None:
         await nameless.connect()
     # A certificate that nobody vouches for.
     assert "ertificate" in await keeps_out(
-        secured.both, security=SASLPlaintext("worker", "s3cret", use_ssl=True)
+        secured.both, client=client, security=SASLPlaintext("worker", "s3cret", use_ssl=True)
     )
 
 
-async def test_a_missing_right_is_named(secured: Secured) -> None:
+@both_clients
+async def test_a_missing_right_is_named(secured: Secured, client: Any) -> None:
     topic = unique()
     broker = KafkaBroker(
-        f"127.0.0.1:{secured.sasl}", security=SASLPlaintext("nobody", "s3cret"), startup_timeout=5
+        f"127.0.0.1:{secured.sasl}",
+        client=client,
+        security=SASLPlaintext("nobody", "s3cret"),
+        startup_timeout=5,
     )
 
     @broker.subscriber(topic, group_id=topic)
@@ -202,7 +217,8 @@ async def test_a_missing_right_is_named(secured: Secured) -> None:
     await broker.stop()
 
 
-async def test_a_reader_needs_no_more_than_to_read(secured: Secured) -> None:
+@both_clients
+async def test_a_reader_needs_no_more_than_to_read(secured: Secured, client: Any) -> None:
     topic, got = unique(), list[int]()
     user = ("User:reader", "*")
     kinds, rights = ADMIN.ResourceType, ADMIN.AclOperation
@@ -222,6 +238,7 @@ async def test_a_reader_needs_no_more_than_to_read(secured: Secured) -> None:
         future.result(10)
     broker = KafkaBroker(
         f"127.0.0.1:{secured.sasl}",
+        client=client,
         security=SASLPlaintext("reader", "s3cret"),
         allow_auto_create_topics=False,
     )
