@@ -125,9 +125,9 @@ INSTEAD = {
         ("auto_commit", "enable_auto_commit"),
         "leave it out; ack_policy=AckPolicy.ACK_FIRST settles before the handler",
     ),
-    "apply_types": "leave it out; a parameter annotated as Any takes the body as it is decoded",
+    "apply_types": "leave it out; what is not annotated is not converted",
     "id_generator": "leave it out; publish(correlation_id=...) sets one",
-    "log_level": "logging.getLogger('millstream').setLevel(...)",
+    "log_level": "leave it out; set the level of the logger 'millstream'",
     "provider": "broker.dependency_overrides",
     **dict.fromkeys(
         ("protocol", "protocol_version", "specification_url", "underlying_driver_annotations"),
