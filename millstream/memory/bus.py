@@ -453,6 +453,8 @@ class MemoryIntake:
         entry = delivery.entry
         if entry.done or how is Settlement.NONE:
             return
+        if options:
+            how = self.driver.settlement(how, options)
         if how is not Settlement.NACK:
             self.store.finish(entry)
         elif entry.current is delivery:

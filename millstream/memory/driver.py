@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, ClassVar, NoReturn
 
+from ..ack import Settlement
 from ..address import Address, AddressSyntax
 from ..clock import Clock, LoopClock
 from ..driver import PublishCommand, Sink, Spec, SubscriptionSpec
@@ -133,6 +134,10 @@ class MemoryDriver:
     def keeps_letters(self, address: str) -> bool:
         """Whether what is sent to an address is kept."""
         return self.bus.keeps(address)
+
+    def settlement(self, how: Settlement, options: Mapping[str, Any]) -> Settlement:
+        """What a broker's own options make of a settlement; here they mean nothing."""
+        return how
 
     @classmethod
     def only_real(cls, what: str) -> NoReturn:

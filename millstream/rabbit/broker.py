@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, get_type_hints
 
 import pika
 from pika.adapters.asyncio_connection import AsyncioConnection
@@ -21,6 +21,7 @@ from .options import (
     RabbitQueue,
     RabbitRequest,
     RabbitSubscription,
+    typed,
 )
 
 
@@ -103,7 +104,10 @@ class RabbitBroker(RabbitEndpoints, Broker):
         url: str | Sequence[str] = "amqp://guest:guest@localhost:5672/",
         **options: Unpack[RabbitConnect],
     ) -> None:
-        own, common = split_options(options, RabbitConnect, type(self).__name__)
+        owner = type(self).__name__
+        own, common = split_options(options, RabbitConnect, owner)
+        kinds = get_type_hints(RabbitConnect)
+        own = {name: typed(owner, name, value, kinds[name]) for name, value in own.items()}
         own.pop("fail_fast", None)
         tls: pika.SSLOptions | None = own.pop("ssl_options", None)
         if tls is not None:
@@ -138,5 +142,6 @@ class RabbitBroker(RabbitEndpoints, Broker):
         Raises:
             SetupError: there is one with other settings, or it is not permitted.
         """
+        found = exchange if isinstance(exchange, RabbitExchange) else RabbitExchange(exchange)
         await self.driver.topology.exchange(exchange)
-        return exchange if isinstance(exchange, RabbitExchange) else RabbitExchange(exchange)
+        return found

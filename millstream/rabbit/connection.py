@@ -7,8 +7,10 @@ import logging
 import re
 import ssl
 from collections.abc import Callable, Sequence
+from copy import copy
 from struct import Struct
-from typing import Any
+from struct import error as StructError
+from typing import Any, cast
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import pika
@@ -22,6 +24,8 @@ from pika.exceptions import (
     IncompatibleProtocolError,
     ProbableAccessDeniedError,
     ProbableAuthenticationError,
+    ShortStringTooLong,
+    UnsupportedAMQPFieldException,
 )
 from pika.frame import Method, decode_frame
 from pika.spec import Basic, BasicProperties
@@ -51,6 +55,8 @@ _HEADS = 256
 _FRAME, _HEADER, _END = Struct(">BHL"), Struct(">BHLHHQ"), b"\xce"
 #: Reply codes of the server (AMQP 0-9-1, "Reply codes").
 ACCESS_REFUSED, NOT_FOUND, RESOURCE_LOCKED, PRECONDITION_FAILED = 403, 404, 405, 406
+#: What pika raises for a value that has no place in a frame.
+UNWRITABLE = (AMQPError, TypeError, ValueError, AttributeError, AssertionError, StructError)
 
 
 class ChannelLost(Exception):
@@ -154,36 +160,41 @@ class Address:
         self._user = options.get("username") or unquote(parts.username or "guest")
         self._password = options.get("password") or unquote(parts.password or "guest")
         self._external = options.get("external", False)
-        self._options = options
-        #: What pika knows to read from an address, such as ``?heartbeat=5``.
-        self._query = dict(parse_qsl(parts.query))
+        try:
+            self._parameters = self._lasting(dict(parse_qsl(parts.query)), options)
+        except (TypeError, ValueError) as error:
+            raise SetupError(f"{self}: {error}") from error
 
     def __str__(self) -> str:
         where = f"{self.scheme}://{self.host}:{self.port}"
         return where if self.vhost == "/" else f"{where}/{quote(self.vhost, safe='')}"
 
-    def parameters(self) -> pika.ConnectionParameters:
-        """pika's parameters; callables for the user and the password are asked each time."""
-        user, password = _asked(self._user), _asked(self._password)
-        found: Any
-        if self._query:
-            found = pika.URLParameters(f"amqp://localhost/?{urlencode(self._query)}")
-        else:
-            found = pika.ConnectionParameters()
+    def _lasting(self, query: dict[str, str], options: dict[str, Any]) -> Any:
+        """pika's parameters, without the login; ``query`` is what it reads from an address."""
+        found: Any = pika.ConnectionParameters()
+        if query:
+            found = pika.URLParameters(f"amqp://localhost/?{urlencode(query)}")
         found.host, found.port, found.virtual_host = self.host, self.port, self.vhost
-        found.credentials = (
-            ExternalCredentials() if self._external else PlainCredentials(user, password)
-        )
         if self._context is not None:
             found.ssl_options = pika.SSLOptions(self._context, self._hostname)
-        if "heartbeat" not in self._query:
-            found.heartbeat = self._options.get("heartbeat", HEARTBEAT)
-        timeout = self._options.get("timeout") or 10.0
+        if "heartbeat" not in query:
+            found.heartbeat = options.get("heartbeat", HEARTBEAT)
+        timeout = options.get("timeout") or 10.0
         found.socket_timeout, found.stack_timeout = timeout, timeout + 5.0
         found.connection_attempts = 1
-        properties = {"product": "millstream", **(self._options.get("client_properties") or {})}
+        properties = {"product": "millstream", **(options.get("client_properties") or {})}
         found.client_properties = properties
         return found
+
+    def parameters(self) -> pika.ConnectionParameters:
+        """pika's parameters; callables for the user and the password are asked each time."""
+        found: Any = copy(self._parameters)  # pika writes in them what the server wants
+        found.credentials = (
+            ExternalCredentials()
+            if self._external
+            else PlainCredentials(_asked(self._user), _asked(self._password))
+        )
+        return cast("pika.ConnectionParameters", found)
 
 
 def _asked(secret: Any) -> str:
@@ -283,6 +294,15 @@ def _explain(error: BaseException) -> tuple[str, bool]:
         if isinstance(one, OSError) and not isinstance(one, TimeoutError) and one.strerror:
             return one.strerror, False
     return reason_of(chain[-1]), False
+
+
+def fault(error: BaseException) -> str:
+    """What is wrong with a value that cannot be written."""
+    if isinstance(error, UnsupportedAMQPFieldException):
+        return f"a header cannot be of the type {type(error.args[-1]).__name__}; write it as text"
+    if isinstance(error, ShortStringTooLong):
+        return "a name, a routing key or an id has more than 255 bytes"
+    return str(error)
 
 
 def reason_of(error: BaseException) -> str:

@@ -12,14 +12,15 @@ from ..address import AddressSyntax
 from ..base import BaseDriver, not_yet_connected
 from ..clock import Clock
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
-from ..errors import NotConnected
+from ..errors import NotConnected, PublishError
 from ..message import Message, new_id
-from .connection import ChannelLost, addresses, log, reason_of
+from .connection import UNWRITABLE, ChannelLost, addresses, log, reason_of
 from .flow import Flow
 from .letters import RabbitLetters
 from .line import Line
 from .message import CONTROL, PROPERTIES, RabbitMessage
 from .options import (
+    NOT_IMMEDIATE,
     SYNTAX,
     Channel,
     RabbitExchange,
@@ -183,7 +184,9 @@ class RabbitDriver(BaseDriver):
         flow = Flow(self, spec, sink, lost)
         try:
             await self.begin(flow)
-        except (ChannelLost, TimeoutError) as error:
+        except ChannelLost as lost:
+            raise self.topology.explained(f"consumer of {flow.queue!r}", lost) from lost
+        except TimeoutError as error:
             raise NotConnected(f"{self.describe()}: {error}", state="disconnected") from error
         return flow
 
@@ -246,7 +249,13 @@ def properties_of(
     app_id: str | None,
     wall: Callable[[], float],
 ) -> BasicProperties:
-    """What goes with a message's body."""
+    """What goes with a message's body.
+
+    Raises:
+        PublishError: the command wants what RabbitMQ does not have, or is of a wrong type.
+    """
+    if command.immediate:
+        raise PublishError(f"immediate=True: {NOT_IMMEDIATE}")
     found = BasicProperties(
         delivery_mode=2 if command.persist else 1,
         priority=command.priority,
@@ -267,9 +276,12 @@ def properties_of(
         found.headers = headers or None
     if found.message_id is None:
         found.message_id = new_id()
-    if command.expiration is not None:
-        found.expiration = milliseconds(command.expiration, wall())
-    stamp = command.timestamp
-    if stamp is not None:
-        found.timestamp = int(stamp if isinstance(stamp, int | float) else stamp.timestamp())
+    expiration, stamp = command.expiration, command.timestamp
+    try:
+        if expiration is not None:
+            found.expiration = milliseconds(expiration, wall())
+        if stamp is not None:
+            found.timestamp = int(stamp if isinstance(stamp, int | float) else stamp.timestamp())
+    except UNWRITABLE as error:
+        raise PublishError(f"{expiration=}, timestamp={stamp!r}: {error}") from error
     return found

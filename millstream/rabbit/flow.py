@@ -15,7 +15,16 @@ from ..base import Feed, reconnect_delay
 from ..driver import Sink
 from ..errors import MillstreamError, SetupError
 from .connection import ChannelLost, Wire, log
-from .message import CONTROL, DELIVERIES, EXCHANGE, ROUTING_KEY, Delivery, deliveries_before, table
+from .message import (
+    CONTROL,
+    DELIVERIES,
+    EXCHANGE,
+    ROUTING_KEY,
+    Delivery,
+    deliveries_before,
+    settlement,
+    table,
+)
 from .options import milliseconds
 from .outbox import Unroutable
 
@@ -234,6 +243,8 @@ class Flow(Feed):
             # again, as after an acknowledgement that was lost on its way.
             log.debug("%r: a message whose channel is gone is delivered again", self.queue)
             return
+        if options:
+            how = settlement(how, options)
         tag = raw.method.delivery_tag
         if how is Settlement.ACK:
             self._done.add(tag)
@@ -247,7 +258,7 @@ class Flow(Feed):
                 self._done.add(tag)
                 self._flush_soon()
         else:
-            self._tell(wire, "basic_nack", tag, requeue=bool(options.get("requeue", True)))
+            self._tell(wire, "basic_nack", tag, requeue=True)
 
     def _tell(self, wire: Wire, method: str, tag: int, **options: Any) -> None:
         try:
@@ -342,6 +353,8 @@ class Flow(Feed):
             self._heal("")
 
     def _heal(self, reason: str) -> None:
+        if self._keeper is None:
+            return  # it begins, and whoever starts it is told
         if self._healing is None or self._healing.done():
             if reason:
                 self.driver.notify("error", f"{self.queue!r}: {reason}; consuming anew")

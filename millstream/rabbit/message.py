@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import msgspec
 from pika.spec import Basic, BasicProperties
 
+from ..ack import Settlement
+from ..errors import CapabilityError
 from ..letters import REPLAY_TO
 from ..message import BatchMessage, Message
 
@@ -177,6 +179,22 @@ class RabbitStreamMessage(RabbitMessage):
 
 #: A handler's list of messages; each of them is a :class:`RabbitMessage`.
 RabbitBatchMessage = BatchMessage
+
+
+def settlement(how: Settlement, options: Mapping[str, Any]) -> Settlement:
+    """What ``requeue=`` makes of a settlement.
+
+    Raises:
+        CapabilityError: it is meant for other messages as well.
+    """
+    if options.get("multiple"):
+        raise CapabilityError(
+            "multiple=True settles messages that others may be working on",
+            fix="settle each message; what follows each other goes out as one frame",
+        )
+    if how is Settlement.ACK or options.get("requeue") is None:
+        return how
+    return Settlement.NACK if options["requeue"] else Settlement.REJECT
 
 
 def deliveries_before(redelivered: bool, headers: Any, queue: str) -> int:

@@ -3,21 +3,58 @@
 from __future__ import annotations
 
 import enum
+import re
 from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
+from pika.data import encode_table
 
 from ..address import AddressSyntax
 from ..driver import Bindings, Capability, PublicationSpec, PublishCommand, SubscriptionSpec
+from ..endpoints import caller
 from ..errors import CapabilityError, SetupError
 from ..message import Message
+from .connection import UNWRITABLE
 from .message import RabbitMessage, RabbitStreamMessage, ReplyAddress
 
 #: `*` is one word, `#` any number of them, none included (rabbitmq.com, Topic exchanges).
 SYNTAX = AddressSyntax(separator=".", one="*", rest="#", rest_empty=True, rest_anywhere=True)
 #: Bytes of a name (AMQP 0-9-1, short strings).
 _LONGEST = 255
+#: What to write instead of ``immediate=True``.
+NOT_IMMEDIATE = "RabbitMQ has no such publications; expiration=0 lets nothing wait in a queue"
+#: Where a stream can be read from, besides a number and a time (rabbitmq.com, Streams).
+_OFFSET = re.compile(r"first|last|next|\d+[YMDhms]")
+
+
+def typed(owner: str, name: str, value: Any, kind: Any) -> Any:
+    """A value as its option has it; text may stand for a number or a member of an enumeration.
+
+    Raises:
+        SetupError: it is of another type.
+    """
+    try:
+        found = msgspec.convert(value, kind, strict=False)
+    except msgspec.ValidationError as error:
+        wanted = re.sub(r"\w[\w.]*\.(?=\w)|<\w+ '|'>", "", str(kind))
+        text = f"{owner}: {name}={value!r} is {type(value).__name__}, not {wanted}"
+        if isinstance(value, str):  # no duration, or no member of an enumeration
+            text = f"{owner}: {name}={value!r} is not {wanted}"
+        raise SetupError(text, code="MS121", where=caller()) from error
+    if isinstance(value, dict):
+        _check_table(f"{owner}: {name}", value)
+    return found
+
+
+class _Typed(msgspec.Struct, frozen=True):
+    """Settings whose types are looked at when they are written."""
+
+    def __post_init__(self) -> None:
+        for field in msgspec.structs.fields(self):
+            value = getattr(self, field.name)
+            value = typed(type(self).__name__, field.name, value, field.type)
+            msgspec.structs.force_setattr(self, field.name, value)
 
 
 class QueueType(enum.StrEnum):
@@ -43,7 +80,7 @@ class ExchangeType(enum.StrEnum):
     X_MODULUS_HASH = "x-modulus-hash"
 
 
-class RabbitExchange(msgspec.Struct, frozen=True):
+class RabbitExchange(_Typed, frozen=True):
     """An exchange.
 
     Fields:
@@ -73,13 +110,17 @@ class RabbitExchange(msgspec.Struct, frozen=True):
     bind_arguments: dict[str, Any] | None = None
     routing_key: str = ""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_length("exchange", self.name)
+
     @property
     def wire_name(self) -> str:
         """The name, as the server knows it."""
         return "" if self.name == "default" else self.name
 
 
-class RabbitQueue(msgspec.Struct, frozen=True):
+class RabbitQueue(_Typed, frozen=True):
     """A queue.
 
     Fields:
@@ -111,6 +152,15 @@ class RabbitQueue(msgspec.Struct, frozen=True):
     routing_key: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_length("queue", self.name)
+        said = (self.arguments or {}).get("x-queue-type", self.kind.value)
+        if said != self.kind.value:
+            raise SetupError(
+                f"{self.name!r} is a {self.kind.value} queue by queue_type, and {said!r} by "
+                "x-queue-type",
+                fix="leave out one of them",
+            )
         if self.kind is not QueueType.CLASSIC and (
             self.exclusive or self.auto_delete or not self.durable
         ):
@@ -135,7 +185,7 @@ class RabbitQueue(msgspec.Struct, frozen=True):
             return self.queue_type
         said = (self.arguments or {}).get("x-queue-type")
         if said is not None:
-            return QueueType(said)
+            return QueueType(typed("RabbitQueue", "x-queue-type", said, QueueType))
         classic = self.exclusive or self.auto_delete or not self.durable
         if classic or "x-max-priority" in (self.arguments or {}):
             return QueueType.CLASSIC
@@ -153,7 +203,7 @@ class RabbitQueue(msgspec.Struct, frozen=True):
         return {"x-queue-type": self.kind.value, **(self.arguments or {})}
 
 
-class Channel(msgspec.Struct, frozen=True):
+class Channel(_Typed, frozen=True):
     """How a subscription's channel behaves; each subscription has a channel of its own.
 
     Fields:
@@ -170,6 +220,12 @@ class Channel(msgspec.Struct, frozen=True):
     channel_number: int | None = None
     publisher_confirms: bool = True
     on_return_raises: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ahead = self.prefetch_count
+        if ahead is not None and not 1 <= ahead <= 65_535:
+            raise SetupError(f"prefetch_count={ahead}", fix="1 to 65535, or leave it out")
 
 
 class RabbitOptions(SubscriptionSpec, frozen=True, kw_only=True):
@@ -196,6 +252,13 @@ class RabbitSubscription(RabbitOptions, frozen=True):
 
     queue: str | RabbitQueue
     exchange: str | RabbitExchange | None = None
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        typed(owner, "queue", self.queue, str | RabbitQueue)
+        typed(owner, "exchange", self.exchange, str | RabbitExchange | None)
+        typed(owner, "channel", self.channel, Channel | None)
+        typed(owner, "consume_args", self.consume_args, dict[str, Any] | None)
 
     @property
     def source(self) -> RabbitQueue:
@@ -251,18 +314,24 @@ class RabbitSubscription(RabbitOptions, frozen=True):
 
     def check(self) -> None:
         queue = self.source
-        _check_name("queue", queue.name)
+        if not queue.name:
+            raise SetupError("a subscription without a queue", fix="name the queue to read")
+        if queue.name.startswith("amq."):
+            raise SetupError(f"{queue.name!r}: names that begin with amq. belong to the server")
         if queue.routing_key:
             SYNTAX.compile(queue.routing_key)
-        if self.exchange is not None:
-            _check_name("exchange", exchange_name(self.exchange))
-        ahead = self.channel.prefetch_count if self.channel is not None else None
-        if ahead is not None and ahead < 1:
-            raise SetupError(f"prefetch_count={ahead}", fix="1 or more, or leave it out")
-        if (self.consume_args or {}).get("x-stream-offset") is not None and not self.streaming:
+        _check_length("exchange", exchange_name(self.exchange))
+        offset = (self.consume_args or {}).get("x-stream-offset")
+        if offset is not None and not self.streaming:
             raise CapabilityError(
                 f"{queue.name!r} is no stream, so it has no offset",
                 fix="use RabbitQueue(..., queue_type=QueueType.STREAM)",
+            )
+        known = isinstance(offset, int | datetime | None)
+        if not known and not (isinstance(offset, str) and _OFFSET.fullmatch(offset)):
+            raise SetupError(
+                f"x-stream-offset={offset!r}",
+                fix="first, last, next, a number, a datetime, or an age such as 1h",
             )
 
 
@@ -287,6 +356,7 @@ class RabbitMessageOptions(PublishCommand, kw_only=True):
         routing_key: by which the exchange chooses queues; the queue's name otherwise.
         mandatory: raise :class:`~millstream.errors.NoResponders` if no queue gets it. None, the
             default, is True on the default exchange, where a queue is named, and False elsewhere.
+        immediate: accepted for callers of other frameworks; True is an error, as RabbitMQ has it.
         persist: write it to disk.
         priority: from 0 to 255, for queues with ``x-max-priority``.
         expiration: seconds (or until when) after which a queue gives it up.
@@ -300,6 +370,7 @@ class RabbitMessageOptions(PublishCommand, kw_only=True):
 
     routing_key: str = ""
     mandatory: bool | None = None
+    immediate: bool = False
     persist: bool = True
     priority: int | None = None
     expiration: float | timedelta | datetime | None = None
@@ -360,6 +431,7 @@ class RabbitPublicationOptions(PublicationSpec, frozen=True, kw_only=True):
 
     routing_key: str = ""
     mandatory: bool | None = None
+    immediate: bool = False
     persist: bool = True
     priority: int | None = None
     expiration: float | timedelta | None = None
@@ -382,6 +454,12 @@ class RabbitPublication(RabbitPublicationOptions, frozen=True):
 
     queue: str | RabbitQueue = ""
     exchange: str | RabbitExchange | None = None
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        typed(owner, "queue", self.queue, str | RabbitQueue)
+        typed(owner, "exchange", self.exchange, str | RabbitExchange | None)
+        typed(owner, "expiration", self.expiration, float | timedelta | None)
 
     @property
     def target(self) -> RabbitQueue | None:
@@ -430,6 +508,12 @@ class RabbitPublication(RabbitPublicationOptions, frozen=True):
     def check(self) -> None:
         if not self.destination and self.exchange is None:
             raise SetupError("a publisher without a queue or an exchange", fix="name one of them")
+        if self.priority is not None and not 0 <= self.priority <= 255:
+            raise SetupError(f"priority={self.priority}", fix="0 to 255")
+        if self.immediate:
+            raise SetupError("immediate=True", fix=NOT_IMMEDIATE)
+        _check_length("queue", self.destination)
+        _check_length("exchange", exchange_name(self.exchange))
 
 
 def exchange_name(exchange: str | RabbitExchange | None) -> str:
@@ -450,10 +534,20 @@ def milliseconds(expiration: float | timedelta | datetime, now: float) -> str:
     return str(max(round(seconds * 1000), 0))
 
 
-def _check_name(kind: str, name: str) -> None:
-    if kind == "queue" and not name:
-        raise SetupError("a subscription without a queue", fix="name the queue to read")
+def _check_length(kind: str, name: str) -> None:
     if len(name.encode()) > _LONGEST:
         raise SetupError(f"{name[:40]!r}...: the name of a {kind} has {_LONGEST} bytes at most")
-    if name.startswith("amq.") and kind == "queue":
-        raise SetupError(f"{name!r}: names that begin with amq. belong to the server")
+
+
+def _check_table(what: str, table: dict[str, Any]) -> None:
+    """Raise a SetupError for arguments that cannot be written."""
+    try:
+        encode_table([], table)
+    except UNWRITABLE as error:
+        raise SetupError(
+            f"{what}={table!r} cannot be written",
+            code="MS121",
+            where=caller(),
+            fix="names are texts of up to 255 bytes; values are texts, whole numbers, bools, "
+            "datetimes, and lists and dicts of them",
+        ) from error

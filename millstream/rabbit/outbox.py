@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 from math import inf
-from struct import error as StructError
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from pika.exceptions import AMQPError
 from pika.spec import Basic, BasicProperties
 
 from ..base import disconnected
@@ -22,7 +20,7 @@ from ..errors import (
     RequestTimeout,
 )
 from ..message import new_id
-from .connection import ACCESS_REFUSED, NOT_FOUND, ChannelLost, Wire
+from .connection import ACCESS_REFUSED, NOT_FOUND, UNWRITABLE, ChannelLost, Wire, fault
 from .message import Delivery
 from .options import milliseconds
 
@@ -245,10 +243,9 @@ class Outbox:
     ) -> asyncio.Future[None]:
         try:
             wire.publish(exchange, key, data, properties, mandatory)
-        except AMQPError as error:
-            raise ChannelLost(error) from error
-        except (TypeError, ValueError, UnicodeError, AssertionError, StructError) as error:
-            raise PublishError(f"{key!r}: the message cannot be written: {error}") from error
+        except UNWRITABLE as error:
+            text = f"{key[:255]!r}: the message cannot be written: {fault(error)}"
+            raise PublishError(text) from error
         self._tag += 1
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()

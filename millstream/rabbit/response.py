@@ -23,19 +23,25 @@ class RabbitResponse(Response):
         exchange: instead of the publisher's.
         queue: instead of the publisher's.
         routing_key: instead of the publisher's.
-        mandatory, persist, priority, expiration, message_id, message_type, content_encoding,
-            timeout: as of :meth:`RabbitBroker.publish`.
+        reply_to, mandatory, immediate, persist, priority, expiration, message_id, timestamp,
+            message_type, content_type, content_encoding, user_id, app_id, timeout: as of
+            :meth:`RabbitBroker.publish`.
     """
 
     exchange: str | RabbitExchange | None = None
     queue: str | RabbitQueue | None = None
     routing_key: str | None = None
+    reply_to: str | None = None
     mandatory: bool | None = None
+    immediate: bool | None = None
     persist: bool | None = None
     priority: int | None = None
     expiration: float | timedelta | datetime | None = None
     message_id: str | None = None
+    timestamp: float | datetime | None = None
     message_type: str | None = None
     content_type: str | None = None
     content_encoding: str | None = None
+    user_id: str | None = None
+    app_id: str | None = None
     timeout: float | None = None

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NoReturn
 import msgspec
 from pika.spec import Basic, BasicProperties
 
+from ..ack import Settlement
 from ..address import Address
 from ..driver import Driver, Spec
 from ..errors import SetupError
@@ -19,7 +20,7 @@ from ..memory.bus import MemoryBus, Source
 from ..message import Message
 from ..testing import Bs, TestBroker
 from .driver import properties_of
-from .message import CONTROL, EXCHANGE, Delivery, RabbitMessage
+from .message import CONTROL, EXCHANGE, Delivery, RabbitMessage, settlement
 from .options import (
     SYNTAX,
     ExchangeType,
@@ -206,6 +207,9 @@ class RabbitMemoryDriver(MemoryDriver):
         method = Basic.Deliver("memory", record.sequence, count > 1, sent.exchange, sent.key)
         queue = source.patterns[0] if source is not None else ""
         return MemoryDelivery(None, method, properties, record.body, queue, delivery=delivery)
+
+    def settlement(self, how: Settlement, options: Mapping[str, Any]) -> Settlement:
+        return settlement(how, options)
 
     async def declare(self, specs: Sequence[Spec]) -> None:
         for spec in specs:

@@ -44,6 +44,8 @@ NOTE = 86_400
 NOTES = 10_000
 #: What the server says of a queue whose node is away, or begins: it is there all the same.
 _AWAY = "is down or inaccessible"
+#: What it says of an exchange whose plugin it does not have; the connection ends with it.
+_NO_TYPE = "unknown exchange type"
 #: What no letter reaches: newer servers drop a message of a quorum queue that came back 20 times.
 UNLIMITED = 2**31 - 1
 
@@ -206,7 +208,7 @@ class Topology:
         except ChannelLost as lost:
             if lost.code == NOT_FOUND and _AWAY not in lost.text:
                 return False
-            raise self._explained(f"{kind} {name!r}", lost) from lost
+            raise self.explained(f"{kind} {name!r}", lost) from lost
         return True
 
     async def depth(self, queue: str) -> tuple[int, int]:
@@ -218,10 +220,16 @@ class Topology:
         try:
             await self.call(*args, **kwargs)
         except ChannelLost as lost:
-            raise self._explained(what, lost) from lost
+            raise self.explained(what, lost) from lost
 
-    def _explained(self, what: str, lost: ChannelLost) -> MillstreamError:
-        if lost.code == PRECONDITION_FAILED:
+    def explained(self, what: str, lost: ChannelLost) -> MillstreamError:
+        """What to tell people when the server refused something, or its connection broke."""
+        if _NO_TYPE in lost.text:
+            return SetupError(
+                f"the server refuses the {what}: {lost.text}",
+                fix="enable the plugin that brings this type (rabbitmq-plugins enable ...)",
+            )
+        if lost.code == PRECONDITION_FAILED and "inequivalent" in lost.text:
             return SetupError(
                 f"the server refuses the {what}: {lost.text}",
                 fix="declare it with the settings that it has there, or delete it; a queue that "
@@ -292,7 +300,7 @@ class Topology:
                 break
             except ChannelLost as lost:
                 if not best or lost.code in (0, ACCESS_REFUSED):
-                    raise self._explained(f"queue {name!r}", lost) from lost
+                    raise self.explained(f"queue {name!r}", lost) from lost
                 self._best = lost.code == PRECONDITION_FAILED and "inequivalent" in lost.text
         self._alive[name] = now + 2 * longest + SPARE
         return name
@@ -317,7 +325,7 @@ class Topology:
             return True
         except ChannelLost as lost:
             if lost.code != NOT_FOUND:
-                raise self._explained(f"queue {name!r}", lost) from lost
+                raise self.explained(f"queue {name!r}", lost) from lost
         while len(self._noted) >= NOTES:
             del self._noted[next(iter(self._noted))]
         self._noted[name] = None

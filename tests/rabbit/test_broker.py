@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import pika
@@ -13,11 +14,13 @@ import pytest
 
 from millstream import AckPolicy, Context, Path, Retry
 from millstream.errors import (
+    CapabilityError,
     MessageTooLarge,
     NoResponders,
     NotConnected,
     PublishError,
     PublishTimeout,
+    RejectMessage,
     SetupError,
 )
 from millstream.rabbit import (
@@ -32,6 +35,7 @@ from millstream.rabbit import (
     RabbitRoute,
     RabbitRouter,
     RabbitStreamMessage,
+    TestRabbitBroker,
     Unroutable,
 )
 from millstream.rabbit import RabbitPublisher as RoutePublisher
@@ -529,6 +533,81 @@ async def test_a_wrong_expiration_or_user_is_an_error_of_that_message(url: str) 
         await broker.publish(2, queue, user_id="guest")
 
 
+async def test_what_cannot_be_written_is_an_error_of_that_message(url: str) -> None:
+    async with RabbitBroker(url) as broker:
+        queue = await broker.declare_queue(unique())
+        wrong: list[tuple[dict[str, Any], str]] = [
+            ({"headers": {"score": 1.5}}, "of the type float; write it as text"),
+            ({"headers": {1: "x"}}, "cannot be written"),
+            ({"routing_key": "x" * 300}, "more than 255 bytes"),
+            ({"correlation_id": "x" * 300}, "more than 255 bytes"),
+            ({"priority": 300}, "cannot be written"),
+            ({"expiration": "soon"}, "expiration='soon'"),
+            ({"timestamp": "now"}, "timestamp='now'"),
+            ({"immediate": True}, "expiration=0"),
+        ]
+        for options, text in wrong:
+            with pytest.raises(PublishError, match=text):
+                await broker.publish(1, queue, **options)
+            with pytest.raises(PublishError, match=text):
+                await broker.request(1, queue, timeout=1, **options)
+        await broker.publish("still here", queue)
+        assert await Foreign(url).depth(queue.name) == 1
+
+
+async def test_what_the_server_refuses_ends_the_start_at_once(url: str) -> None:
+    delayed = RabbitExchange(unique(), ExchangeType.X_DELAYED_MESSAGE)
+    for options, text, fix in [
+        ({"exchange": delayed}, "unknown exchange type", "plugin"),
+        ({"consume_args": {"x-priority": "high"}}, "refuses the consumer of .*x-priority", None),
+    ]:
+        broker = RabbitBroker(url, startup_timeout=60)
+
+        @broker.subscriber(unique(), **options)
+        async def handler(body: int) -> None: ...
+
+        async with asyncio.timeout(10):
+            with pytest.raises(SetupError, match=text) as caught:
+                await broker.start()
+        assert fix is None or fix in (caught.value.fix or "")
+        await broker.stop()
+
+
+@pytest.mark.parametrize("real", [True, False])
+async def test_messages_settled_with_the_options_of_other_clients(url: str, real: bool) -> None:
+    broker, queue = RabbitBroker(url), unique()
+    seen: list[tuple[str, int]] = []
+    errors: list[Exception] = []
+
+    @broker.subscriber(queue, ack_policy=AckPolicy.MANUAL)
+    async def handler(body: str, message: RabbitMessage) -> None:
+        seen.append((body, message.delivery_count))
+        if message.delivery_count > 1:
+            await message.ack()
+        elif body == "again":
+            await message.reject(requeue=True)
+        elif body == "gone":
+            await message.nack(requeue=False)
+        elif body == "raised":
+            raise RejectMessage(requeue=True)
+        else:
+            with pytest.raises(CapabilityError, match="settle each") as caught:
+                await message.ack(multiple=True)
+            errors.append(caught.value)
+            await message.ack(multiple=False)
+
+    async with TestRabbitBroker(broker, with_real=real):
+        for body in ("again", "gone", "raised", "all"):
+            await broker.publish(body, queue)
+        await eventually(lambda: len(seen) == 6)
+        await eventually(lambda: len(errors) == 1)
+    assert sorted(seen) == [
+        *(("again", 1), ("again", 2), ("all", 1), ("gone", 1), ("raised", 1), ("raised", 2)),
+    ]
+    if real:
+        assert await Foreign(url).depth(queue) == 0
+
+
 async def test_a_response_with_options_and_a_publisher_of_a_route(url: str) -> None:
     name, foreign = unique(), Foreign(url)
 
@@ -706,15 +785,43 @@ async def test_a_stream_is_read_from_an_offset_and_keeps_everything(url: str) ->
 
 
 def test_declarations_that_cannot_be() -> None:
-    broker = RabbitBroker()
-    with pytest.raises(SetupError, match="durable and shared"):
-        RabbitQueue("q", QueueType.QUORUM, exclusive=True)
+    broker, stream = RabbitBroker(), RabbitQueue("log", QueueType.STREAM)
+    made: list[tuple[Callable[[], Any], str]] = [
+        (lambda: RabbitQueue("q", QueueType.QUORUM, exclusive=True), "durable and shared"),
+        (lambda: RabbitQueue("x" * 300), "255 bytes"),
+        (lambda: RabbitQueue("q", durable="no"), "durable='no' is not bool"),  # type: ignore[arg-type]
+        (lambda: RabbitQueue("q", "nope"), "queue_type='nope' is not QueueType"),  # type: ignore[arg-type]
+        (lambda: RabbitQueue("q", arguments={"x-queue-type": "nope"}), "x-queue-type='nope'"),
+        (lambda: RabbitQueue("q", arguments={"x": 1.5}), "cannot be written"),
+        (
+            lambda: RabbitQueue("q", QueueType.QUORUM, arguments={"x-queue-type": "classic"}),
+            "'classic' by x-queue-type",
+        ),
+        (lambda: RabbitExchange("e" * 300), "255 bytes"),
+        (lambda: RabbitExchange("e", "nope"), "type='nope' is not ExchangeType"),  # type: ignore[arg-type]
+        (lambda: RabbitExchange("e", bind_to="f"), "bind_to='f' is not RabbitExchange"),  # type: ignore[arg-type]
+        (lambda: Channel(prefetch_count=0), "prefetch_count=0"),
+        (lambda: Channel(prefetch_count=70_000), "prefetch_count=70000"),
+        (lambda: broker.subscriber(3), "queue=3 is int, not str"),  # type: ignore[arg-type]
+        (lambda: broker.subscriber("q", 3), "exchange=3 is int"),  # type: ignore[arg-type]
+        (lambda: broker.publisher("q", expiration="soon"), "expiration='soon'"),  # type: ignore[arg-type]
+        (lambda: RabbitBroker(heartbeat=-1), "heartbeat must"),
+        (lambda: RabbitBroker(timeout=-1), "socket_timeout must"),
+        (lambda: RabbitBroker(on_close=print), "not Sequence"),  # type: ignore[arg-type]
+        (lambda: RabbitBroker(default_channel=5), "not Channel"),  # type: ignore[arg-type]
+        (lambda: RabbitBroker(security="guest"), "not BaseSecurity"),  # type: ignore[arg-type]
+    ]
+    for make, text in made:
+        with pytest.raises(SetupError, match=text):
+            make()
+    assert RabbitExchange("e", "topic").type is ExchangeType.TOPIC  # type: ignore[arg-type]
+    assert RabbitBroker(port="5673").driver.addresses[0].port == 5673  # type: ignore[arg-type]
     for options, text in [
         ({"queue": ""}, "without a queue"),
         ({"queue": "x" * 300}, "255 bytes"),
         ({"queue": "amq.mine"}, "belong to the server"),
-        ({"queue": "q", "channel": Channel(prefetch_count=0)}, "prefetch_count=0"),
         ({"queue": "q", "consume_args": {"x-stream-offset": 1}}, "is no stream"),
+        ({"queue": stream, "consume_args": {"x-stream-offset": "soon"}}, "x-stream-offset='soon'"),
     ]:
         subscriber = broker.subscriber(**options)
 
@@ -724,9 +831,16 @@ def test_declarations_that_cannot_be() -> None:
         with pytest.raises(SetupError, match=text):
             broker.compile()
         broker.subscribers.clear()
-    broker.publisher()
-    with pytest.raises(SetupError, match="without a queue or an exchange"):
-        broker.compile()
+    for options, text in [
+        ({}, "without a queue or an exchange"),
+        ({"queue": "q", "priority": 300}, "priority=300"),
+        ({"queue": "q", "immediate": True}, "expiration=0"),
+        ({"exchange": "e", "routing_key": "x" * 300}, "255 bytes"),
+    ]:
+        broker.publisher(**options)
+        with pytest.raises(SetupError, match=text):
+            broker.compile()
+        broker.publishers.clear()
     with pytest.raises(SetupError, match="not a server's address"):
         RabbitBroker("http://localhost")
     with pytest.raises(SetupError, match="no option"):
