@@ -223,6 +223,8 @@ class RabbitDriver(BaseDriver):
             raise not_yet_connected(self.describe())
         exchange, key = self.route(command)
         properties = properties_of(command, headers, self._app_id, self.clock.wall)
+        if command.persist is None:
+            properties.delivery_mode = 1
         return await self.outbox.request(exchange, key, data, properties, timeout)
 
     def reply_envelope(self) -> type[Message[Any]]:
@@ -257,7 +259,7 @@ def properties_of(
     if command.immediate:
         raise PublishError(f"immediate=True: {NOT_IMMEDIATE}")
     found = BasicProperties(
-        delivery_mode=2 if command.persist else 1,
+        delivery_mode=1 if command.persist is False else 2,
         priority=command.priority,
         reply_to=command.reply_to or None,
         message_id=command.message_id,

@@ -357,7 +357,8 @@ class RabbitMessageOptions(PublishCommand, kw_only=True):
         mandatory: raise :class:`~millstream.errors.NoResponders` if no queue gets it. None, the
             default, is True on the default exchange, where a queue is named, and False elsewhere.
         immediate: accepted for callers of other frameworks; True is an error, as RabbitMQ has it.
-        persist: write it to disk.
+        persist: write it to disk. None, the default, is True; but False for a request, whose
+            answer nobody gets after a restart of the server.
         priority: from 0 to 255, for queues with ``x-max-priority``.
         expiration: seconds (or until when) after which a queue gives it up.
         message_id: made where there is none; the same message sent twice keeps it.
@@ -371,7 +372,7 @@ class RabbitMessageOptions(PublishCommand, kw_only=True):
     routing_key: str = ""
     mandatory: bool | None = None
     immediate: bool = False
-    persist: bool = True
+    persist: bool | None = None
     priority: int | None = None
     expiration: float | timedelta | datetime | None = None
     message_id: str | None = None
@@ -432,7 +433,7 @@ class RabbitPublicationOptions(PublicationSpec, frozen=True, kw_only=True):
     routing_key: str = ""
     mandatory: bool | None = None
     immediate: bool = False
-    persist: bool = True
+    persist: bool | None = None
     priority: int | None = None
     expiration: float | timedelta | None = None
     message_type: str | None = None
@@ -485,7 +486,7 @@ class RabbitPublication(RabbitPublicationOptions, frozen=True):
 
     @property
     def bindings(self) -> Bindings:
-        said: dict[str, Any] = {"deliveryMode": 2 if self.persist else 1}
+        said: dict[str, Any] = {"deliveryMode": 1 if self.persist is False else 2}
         said |= {"mandatory": self.mandatory, "priority": self.priority, "userId": self.user_id}
         operation = {key: value for key, value in said.items() if value is not None} | _AMQP
         target, exchange = self.target, self.exchange

@@ -555,6 +555,27 @@ async def test_what_cannot_be_written_is_an_error_of_that_message(url: str) -> N
         assert await Foreign(url).depth(queue.name) == 1
 
 
+async def test_messages_are_written_to_disk_and_requests_are_not(url: str) -> None:
+    broker, queue = RabbitBroker(url), unique()
+
+    @broker.subscriber(queue)
+    async def handler(body: int, message: RabbitMessage) -> int:
+        seen.append(message.raw.properties.delivery_mode)
+        return body
+
+    seen: list[int] = []
+    publisher = broker.publisher(queue)
+    async with broker:
+        await broker.start()
+        await broker.publish(1, queue)
+        await publisher.publish(1)
+        await broker.request(1, queue)
+        await publisher.request(1)
+        await broker.request(1, queue, persist=True)
+        await broker.publish(1, queue, persist=False)
+        await eventually(lambda: seen == [2, 2, 1, 1, 2, 1])
+
+
 async def test_what_the_server_refuses_ends_the_start_at_once(url: str) -> None:
     delayed = RabbitExchange(unique(), ExchangeType.X_DELAYED_MESSAGE)
     for options, text, fix in [
