@@ -24,8 +24,6 @@ from pika.exceptions import (
     IncompatibleProtocolError,
     ProbableAccessDeniedError,
     ProbableAuthenticationError,
-    ShortStringTooLong,
-    UnsupportedAMQPFieldException,
 )
 from pika.frame import Method, decode_frame
 from pika.spec import Basic, BasicProperties
@@ -294,15 +292,6 @@ def _explain(error: BaseException) -> tuple[str, bool]:
         if isinstance(one, OSError) and not isinstance(one, TimeoutError) and one.strerror:
             return one.strerror, False
     return reason_of(chain[-1]), False
-
-
-def fault(error: BaseException) -> str:
-    """What is wrong with a value that cannot be written."""
-    if isinstance(error, UnsupportedAMQPFieldException):
-        return f"a header cannot be of the type {type(error.args[-1]).__name__}; write it as text"
-    if isinstance(error, ShortStringTooLong):
-        return "a name, a routing key or an id has more than 255 bytes"
-    return str(error)
 
 
 def reason_of(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from ..clock import Clock
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
 from ..errors import NotConnected, PublishError
 from ..message import Message, new_id
-from .connection import UNWRITABLE, ChannelLost, addresses, log, reason_of
+from .connection import UNWRITABLE, ChannelLost, Connection, addresses, log, reason_of
 from .flow import Flow
 from .letters import RabbitLetters
 from .line import Line
@@ -118,11 +118,11 @@ class RabbitDriver(BaseDriver):
         await self.consuming.close()
         await self.publishing.close()
 
-    def line_lost(self, line: Line, reason: BaseException) -> None:
+    def line_lost(self, connection: Connection, reason: BaseException) -> None:
         """A connection broke; it comes back by itself."""
         self._broken = True
         self.notify("disconnected", reason_of(reason))
-        self._call(self._on_close, None, reason)
+        self._call(self._on_close, connection, reason)
 
     def line_back(self, line: Line) -> None:
         """A connection is there again."""
@@ -184,8 +184,8 @@ class RabbitDriver(BaseDriver):
         flow = Flow(self, spec, sink, lost)
         try:
             await self.begin(flow)
-        except ChannelLost as lost:
-            raise self.topology.explained(f"consumer of {flow.queue!r}", lost) from lost
+        except ChannelLost as error:
+            raise self.topology.explained(f"consumer of {flow.queue!r}", error) from error
         except TimeoutError as error:
             raise NotConnected(f"{self.describe()}: {error}", state="disconnected") from error
         return flow

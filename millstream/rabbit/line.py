@@ -60,8 +60,8 @@ class Line:
 
         def closed(reason: BaseException) -> None:
             ended.append(reason)
-            if self.connection is connection:
-                self._closed(reason)
+            if connection is not None and self.connection is connection:
+                self._closed(connection, reason)
 
         connection = None
         try:
@@ -107,13 +107,13 @@ class Line:
                 abort(connection)
             return False
 
-    def _closed(self, reason: BaseException) -> None:
+    def _closed(self, connection: Connection, reason: BaseException) -> None:
         self.connection = None
         if self._closing or not self.up.is_set():
             return
         self.up.clear()
         self.reason = reason_of(reason)
-        self.driver.line_lost(self, reason)
+        self.driver.line_lost(connection, reason)
         self.driver.spawn(self._revive())
 
     async def _revive(self) -> None:

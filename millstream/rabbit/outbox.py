@@ -8,6 +8,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from pika.exceptions import ShortStringTooLong, UnsupportedAMQPFieldException
 from pika.spec import Basic, BasicProperties
 
 from ..base import disconnected
@@ -20,7 +21,7 @@ from ..errors import (
     RequestTimeout,
 )
 from ..message import new_id
-from .connection import ACCESS_REFUSED, NOT_FOUND, UNWRITABLE, ChannelLost, Wire, fault
+from .connection import ACCESS_REFUSED, NOT_FOUND, UNWRITABLE, ChannelLost, Wire
 from .message import Delivery
 from .options import milliseconds
 
@@ -39,6 +40,16 @@ _STRIKES = 2
 
 class Unroutable(NoResponders, PublishError):
     """No queue gets a message that is ``mandatory``."""
+
+
+def unwritable(key: str, error: Exception) -> PublishError:
+    """What to tell people of a message that pika cannot write."""
+    text = str(error)
+    if isinstance(error, UnsupportedAMQPFieldException):
+        text = f"a header cannot be of the type {type(error.args[-1]).__name__}; write it as text"
+    elif isinstance(error, ShortStringTooLong):
+        text = "a name, a routing key or an id has more than 255 bytes"
+    return PublishError(f"{str(key)[:255]!r}: the message cannot be written: {text}")
 
 
 class _Sent(msgspec.Struct, gc=False):
@@ -244,8 +255,7 @@ class Outbox:
         try:
             wire.publish(exchange, key, data, properties, mandatory)
         except UNWRITABLE as error:
-            text = f"{key[:255]!r}: the message cannot be written: {fault(error)}"
-            raise PublishError(text) from error
+            raise unwritable(key, error) from error
         self._tag += 1
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()

@@ -19,6 +19,7 @@ from ..memory.bus import Delivery as Handed
 from ..memory.bus import MemoryBus, Source
 from ..message import Message
 from ..testing import Bs, TestBroker
+from .connection import UNWRITABLE
 from .driver import properties_of
 from .message import CONTROL, EXCHANGE, Delivery, RabbitMessage, settlement
 from .options import (
@@ -32,7 +33,7 @@ from .options import (
     RabbitSubscription,
     exchange_name,
 )
-from .outbox import Unroutable
+from .outbox import Unroutable, unwritable
 
 #: Where a stream is read from → which of its messages that is.
 _REPLAY = {"next": "none", "first": "all", "last": "last"}
@@ -67,9 +68,14 @@ class Binding(msgspec.Struct, frozen=True):
         if kind is ExchangeType.TOPIC:
             return SYNTAX.compile(self.key).matches(key)
         if kind is ExchangeType.HEADERS:
-            wanted = {k: v for k, v in self.arguments.items() if not k.startswith("x-")}
-            met = [headers.get(k) == v for k, v in wanted.items()]
-            return any(met) if self.arguments.get("x-match") == "any" else all(met)
+            match = str(self.arguments.get("x-match", "all"))
+            with_x = match.endswith("-with-x")
+            met = [
+                name in headers and wanted in (None, headers[name])
+                for name, wanted in self.arguments.items()
+                if name != "x-match" and (with_x or not name.startswith("x-"))
+            ]
+            return any(met) if match.startswith("any") else all(met)
         return self.key == key
 
 
@@ -261,11 +267,17 @@ class RabbitMemoryDriver(MemoryDriver):
         if not command.destination and EXCHANGE in kept:  # a letter goes back where it came from
             exchange = kept.pop(EXCHANGE)
         properties = properties_of(command, kept, None, self.clock.wall)
+        try:
+            Basic.Publish(exchange=exchange, routing_key=destination).encode()
+            properties.encode()
+        except UNWRITABLE as error:
+            raise unwritable(destination, error) from error
+        texts = {name: str(value) for name, value in kept.items()}
         queues = self.topology.route(exchange, destination, properties.headers or {})
         if not exchange and destination in self.bus.inboxes:
             queues = [destination]
         for queue in queues or ([] if exchange else [destination]):
-            await super()._send(command, queue, data, kept, reply_to)
+            await super()._send(command, queue, data, texts, reply_to)
             self.topology.sent[self.bus.sequence] = Sent(exchange, destination, properties)
         return len(queues)
 

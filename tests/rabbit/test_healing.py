@@ -220,6 +220,26 @@ async def test_a_closed_connection_is_made_again(server: RabbitServer) -> None:
         await service.has(2)
 
 
+async def test_callbacks_get_the_connection(server: RabbitServer) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    async def back(connection: Any) -> None:
+        calls.append((connection,))
+
+    broker = RabbitBroker(
+        server.url,
+        reconnect_interval=0.3,
+        on_close=[lambda connection, reason: calls.append((connection, reason))],
+        on_reconnected=[back],
+    )
+    async with broker:
+        lost = broker.connection
+        abort(lost)
+        await eventually(lambda: len(calls) == 2, 10)
+        assert calls[0][0] is lost and isinstance(calls[0][1], Exception)
+        assert calls[1] == (broker.connection,)
+
+
 async def test_two_connections_that_break_and_come_back_together_are_one_event(
     server: RabbitServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
