@@ -184,8 +184,8 @@ class RabbitDriver(BaseDriver):
         flow = Flow(self, spec, sink, lost)
         try:
             await self.begin(flow)
-        except ChannelLost as lost:
-            raise self.topology.explained(f"consumer of {flow.queue!r}", lost) from lost
+        except ChannelLost as error:
+            raise self.topology.explained(f"consumer of {flow.queue!r}", error) from error
         except TimeoutError as error:
             raise NotConnected(f"{self.describe()}: {error}", state="disconnected") from error
         return flow
