@@ -181,6 +181,10 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
             try:
                 if now > self._looked + self.plan.refresh:
                     await self._look()
+                if not consumer.assignment():
+                    consumer._coordinator.check_errors()  # nothing public does only that
+                    await asyncio.sleep(TURN)
+                    continue
                 if not room.is_set():
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(TURN):
@@ -189,8 +193,6 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
                 found = await consumer.getmany(timeout_ms=int(TURN * 1000), max_records=self._most)
                 for messages in found.values():
                     self.owner.arrived(messages)
-                if not found and not consumer.assignment():  # it does not wait then
-                    await asyncio.sleep(TURN)
             except (_errors.KafkaError, OSError, Broken) as error:
                 problem = error if isinstance(error, Broken) else broken(error)
                 # One without a kind has ended the library's work for the group.
