@@ -182,7 +182,7 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
                 if now > self._looked + self.plan.refresh:
                     await self._look()
                 if not consumer.assignment():
-                    await consumer.getmany()  # says why the group did not take us
+                    consumer._coordinator.check_errors()  # nothing public does only that
                     await asyncio.sleep(TURN)
                     continue
                 if not room.is_set():
