@@ -14,7 +14,14 @@ from .clock import Clock, LoopClock
 from .connection import Connection
 from .context import ContextRepo
 from .driver import Driver, PublishCommand, Spec
-from .endpoints import Endpoints, EndpointsOptions, Scope, default_scope, known_options
+from .endpoints import (
+    Endpoints,
+    EndpointsOptions,
+    Scope,
+    caller,
+    default_scope,
+    known_options,
+)
 from .errors import NotConnected, SetupError, StateError, raise_all
 from .log import default_logger, log_line, silent_logger
 from .middleware import Send
@@ -79,6 +86,15 @@ class BrokerOptions(EndpointsOptions, total=False):
     tags: Sequence[Any]
 
 
+#: What they are by default, in seconds.
+TIMEOUTS = {
+    "graceful_timeout": 15.0,
+    "startup_timeout": 30.0,
+    "publish_timeout": 5.0,
+    "request_timeout": 5.0,
+}
+
+
 def split_options(
     options: Mapping[str, Any], kind: type, owner: str
 ) -> tuple[dict[str, Any], BrokerOptions]:
@@ -90,7 +106,7 @@ def split_options(
     known_options(options, kind, owner)
     own = dict(options)
     common = {key: own.pop(key) for key in BrokerOptions.__annotations__ if key in own}
-    own["publish_timeout"] = common.get("publish_timeout", 5.0)
+    own["publish_timeout"] = common.get("publish_timeout", TIMEOUTS["publish_timeout"])
     return own, cast(BrokerOptions, common)
 
 
@@ -100,6 +116,11 @@ class Broker(Endpoints):
     ``connect`` is enough to publish; ``start`` also consumes. ``async with broker`` connects
     and stops.
     """
+
+    graceful_timeout: float
+    startup_timeout: float
+    publish_timeout: float
+    request_timeout: float
 
     def __init__(self, driver: Driver, **options: Unpack[BrokerOptions]) -> None:
         known_options(options, BrokerOptions, type(self).__name__)
@@ -112,10 +133,16 @@ class Broker(Endpoints):
         self.sources: list[ParameterSource] = list(options.get("sources", ()))
         #: Dependency → what stands in for it; changes are noticed while the broker runs.
         self.dependency_overrides: MutableMapping[Any, Any] = {}
-        self.graceful_timeout = options.get("graceful_timeout", 15.0)
-        self.startup_timeout = options.get("startup_timeout", 30.0)
-        self.publish_timeout = options.get("publish_timeout", 5.0)
-        self.request_timeout = options.get("request_timeout", 5.0)
+        for name, default in TIMEOUTS.items():
+            value = options.get(name, default)
+            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+                raise SetupError(
+                    f"{type(self).__name__}: {name}={value!r}",
+                    code="MS121",
+                    where=caller(),
+                    fix="seconds, 0 or more",
+                )
+            setattr(self, name, value)
         self.watchdog = options.get("watchdog", 1.0)
         self.description, self.tags = options.get("description"), options.get("tags", ())
         self._logger: Any = options.get("logger", _UNSET)

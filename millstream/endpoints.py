@@ -157,6 +157,7 @@ _PLAIN: dict[str, type] = {
     "bool": bool,
     "bytes": bytes,
     "None": type(None),
+    "Retry": Retry,
 }
 
 
@@ -263,6 +264,13 @@ class Endpoints:
         known_options(options, EndpointsOptions, type(self).__name__)
         self.prefix, self.codec = prefix, options.get("codec")
         self.ack_policy, self.retry = options.get("ack_policy"), options.get("retry")
+        if not isinstance(self.retry, Retry | None):
+            raise SetupError(
+                f"{type(self).__name__}: retry={self.retry!r}",
+                code="MS121",
+                where=caller(),
+                fix="Retry(attempts=...)",
+            )
         self.dead_letter = options.get("dead_letter", msgspec.UNSET)
         self.middlewares: list[Any] = list(options.get("middlewares", ()))
         self.dependencies = tuple(options.get("dependencies", ()))

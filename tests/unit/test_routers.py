@@ -205,3 +205,25 @@ def test_an_option_of_other_frameworks_says_what_to_do_instead(option: str, inst
     with pytest.raises(SetupError, match=f"has no option '{option}'") as caught:
         NatsBroker(**options)
     assert instead in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [
+        ({"graceful_timeout": None}, "seconds"),
+        ({"publish_timeout": -1}, "seconds"),
+        ({"startup_timeout": "30"}, "seconds"),
+        ({"retry": True}, "Retry("),
+    ],
+)
+def test_a_wrong_value_for_a_broker_is_told_where_it_stands(
+    options: dict[str, Any], fix: str
+) -> None:
+    with pytest.raises(SetupError, match=next(iter(options))) as caught:
+        NatsBroker(**options)
+    assert fix in caught.value.fix and __file__ in (caught.value.where or "")
+
+
+def test_a_retry_that_is_no_retry() -> None:
+    with pytest.raises(SetupError, match="retry=True is bool, not Retry or None"):
+        NatsBroker().subscriber("in", retry=True)  # type: ignore[arg-type]
