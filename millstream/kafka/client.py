@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import (
-    OFFSET_BEGINNING,
     Consumer,
     KafkaError,
     KafkaException,
@@ -412,12 +411,15 @@ class Client:
         """What a topic has now, partition by partition; nothing is consumed."""
         settings = {**self.settings, "group.id": "ms-scan", "enable.auto.commit": False}
         settings |= {"enable.partition.eof": True, "isolation.level": "read_committed"}
+        # It tells of an end only when it waited so long for more.
+        settings["fetch.wait.max.ms"] = 20
         consumer = await self.ask(Consumer, settings)
         try:
-            for number in (await self.layout([topic])).get(topic, []):
-                place = Place(topic, number)
-                begin = starts.get(place, OFFSET_BEGINNING)
-                part = Partition(place, 0, None)
+            places = [Place(topic, n) for n in (await self.layout([topic])).get(topic, [])]
+            # Asked by the library itself, which takes half a second to come to it.
+            first = await self.begins(places)
+            for place in places:
+                part, begin = Partition(place, 0, None), max(starts.get(place, 0), first[place])
                 await self.ask(consumer.assign, [TopicPartition(*place, begin)])
                 end = time.monotonic() + ASK
                 while time.monotonic() < end:
