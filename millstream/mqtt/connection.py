@@ -114,7 +114,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: BaseException | None) -> None:
         if not self.over.done():
             self.over.set_result(None)
-        self._end(self._over or (str(exc) if exc is not None else "the server closed it"))
+        self._end(self._over or (str(exc) if exc is not None else "the server closed it"), exc)
 
     def pause_writing(self) -> None:
         self.writable.clear()
@@ -280,10 +280,11 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             await self.over
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, cause: BaseException | None = None) -> None:
         if self._beat is not None:
             self._beat.cancel()
         lost = NotConnected(f"the connection broke: {reason}", state="disconnected")
+        lost.__cause__ = cause
         waiting: list[asyncio.Future[Any]] = [self.welcome, *self.answers.values(), *self.pings]
         for answer in waiting:
             if not answer.done():

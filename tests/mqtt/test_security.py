@@ -175,5 +175,6 @@ async def test_certificates_of_clients(certificates: Path) -> None:
         security = trusting(certificates, client="client")
         await works(MqttBroker(server.url, security=security))
         assert "u'client'" in server.log  # who it is comes from the certificate
-        with pytest.raises(ConnectError):
+        with pytest.raises(ConnectError, match="CERTIFICATE_REQUIRED") as caught:
             await MqttBroker(server.url, security=trusting(certificates)).connect()
+        assert caught.value.permanent  # it is not tried again

@@ -17,7 +17,7 @@ from millstream.rabbit import (
     Channel, ExchangeType, QueueType, RabbitBroker, RabbitExchange, RabbitQueue
 )
 
-broker = RabbitBroker({url!r}, startup_timeout=20)
+broker = RabbitBroker({url!r}, startup_timeout=20, graceful_timeout=0.5)
 events = RabbitExchange("{name}.events", ExchangeType.TOPIC)
 
 
