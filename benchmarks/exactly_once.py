@@ -27,8 +27,8 @@ class ExactlyOnce(Kafka):
 
     broker = "exactly_once"
     scenarios: ClassVar = {
-        "batch": f"lists of up to {BATCH}, as many results in one go",
-        "message": f"one at a time, {LANES} at once, a result each",
+        "copied": f"lists of up to {BATCH}, as many results in one go",
+        "answered": f"one at a time, {LANES} at once, a result each",
     }
     names: ClassVar = {
         "raw": "raw confluent-kafka",
@@ -38,7 +38,7 @@ class ExactlyOnce(Kafka):
     }
 
     def present(self, scenario: str) -> list[str]:
-        return [n for n in self.names if scenario == "batch" or not n.startswith("raw")]
+        return [n for n in self.names if scenario == "copied" or not n.startswith("raw")]
 
     def prepare(self, scenario: str, addresses: list[str]) -> None:
         from confluent_kafka import Consumer, TopicPartition
@@ -143,7 +143,7 @@ def ours(url: str, scenario: str, address: str, once: bool = False) -> Running:
     subscriber: Callable[..., Any] = partial(
         broker.subscriber, Topic(address, declare=False), group_id=f"{address}.group"
     )
-    if scenario == "batch":
+    if scenario == "copied":
 
         @subscriber(batch=Batch(BATCH, FILL))
         async def copy(orders: list[dict[str, Any]]) -> None:
