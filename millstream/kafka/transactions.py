@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -22,7 +22,7 @@ import msgspec
 from ..ack import AckPolicy, Settlement
 from ..driver import Driver
 from ..errors import Fenced, MessageTooLarge, PublishError, SetupError, StateError
-from ..message import current
+from ..message import BatchMessage, current
 from .client import Broken, Client, Pairs
 from .flow import Flow
 from .message import Record, RecordMetadata
@@ -109,7 +109,8 @@ class Unit:
             kind = MessageTooLarge if "TOO_LARGE" in refusal.code else PublishError
             raise kind(f"{send.topic!r} was not published: {refusal}")
         size = len(send.value or b"") + len(send.key or b"")
-        size += sum(len(name) + len(value) for name, value in send.pairs)
+        if send.pairs:
+            size += sum(len(name) + len(value) for name, value in send.pairs)
         if size > largest:
             raise MessageTooLarge(f"{send.topic!r}: {size} bytes, at most {largest} are taken")
         self.sends.append(send)
@@ -126,19 +127,19 @@ def unit_of(driver: Transacting) -> Unit | None:
     if opened is not None and opened[0] is driver:
         return opened[1]
     message = current.get()
-    if message is None or message.settled is not None:
+    if message is None or message.settled is not None or message.link.driver is not driver:
         return None
-    raw = message.raw
-    records: list[Record] = raw if isinstance(raw, list) else [raw]
-    if not records or not isinstance(getattr(records[0], "part", None), TransactionalPartition):
+    # The raw messages of a batch are put together anew by each look at them.
+    of = message.messages if isinstance(message, BatchMessage) else [message]
+    first: Any = of[0].raw if of else None
+    if not isinstance(getattr(first, "part", None), TransactionalPartition):
         return None
-    if message.link.driver is not driver:
-        return None
-    unit: Unit | None = records[0].unit
+    unit: Unit | None = first.unit
     if unit is None or unit.owner is not message:
+        records: list[Record] = [one.raw for one in of]
         known: Iterable[Unit | None] = (record.unit for record in records)
         refusal = next((u.refusal for u in known if u is not None and u.refusal), None)
-        unit = Unit(message, list(records))
+        unit = Unit(message, records)
         unit.refusal = refusal
         for record in records:
             record.unit = unit
@@ -267,7 +268,9 @@ class TransactionalFlow(Flow):
         self._backlog = 0
         self._taken = asyncio.Event()
         self._give, self.sink = sink, self._paced
-        self.window += BACKLOG
+        # Those of the running transaction, and as many behind them, are no reason to pause: what
+        # the client has fetched of a paused partition it throws away.
+        self.window += 2 * BACKLOG
         self._noted = 0.0
         #: Another process has our name: nothing is committed any more.
         self._dead = False
@@ -278,7 +281,12 @@ class TransactionalFlow(Flow):
         await self.transactor.open()
         await super().start()
 
-    async def _paced(self, record: Record) -> None:
+    def _paced(self, record: Record) -> Awaitable[None]:
+        if self._backlog >= BACKLOG and not self.halted:
+            return self._give_later(record)
+        return self._give(record)
+
+    async def _give_later(self, record: Record) -> None:
         while self._backlog >= BACKLOG and not self.halted:
             self._taken.clear()
             await self._taken.wait()

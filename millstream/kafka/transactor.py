@@ -64,6 +64,8 @@ class Transactor:
     def __init__(self, client: Client, name: str) -> None:
         limit = client.transaction_timeout_ms
         self.settings = {
+            # The cluster often is not done yet with the transaction before when the next begins.
+            "retry.backoff.ms": 10,
             **client.settings,
             **client.producing,
             "error_cb": client.on_error,
