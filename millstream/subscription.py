@@ -246,7 +246,6 @@ class Subscription:
         if by is None:
             return None
         envelope, link = self.spec.envelope, self.link
-        find: Callable[[Message[Any]], Any]
         if callable(by):
             find = by
         elif by.startswith("header:"):
@@ -258,7 +257,9 @@ class Subscription:
             codec = self.spec.codec or self.scope.codec
             read = codec.decoder(msgspec.defstruct("Key", [(by, Any, None)]))
             field = operator.attrgetter(by)
-            find = lambda message: field(read(message.body))  # noqa: E731
+
+            def find(message: Message[Any], /) -> Any:
+                return field(read(message.body))
 
         def key(raw: Any) -> Hashable:
             message = envelope(raw, link)
