@@ -274,22 +274,23 @@ class BatchMessage(Message[list[Any]]):
         link: what they are connected with.
     """
 
-    __slots__ = ("_bundles", "_envelope", "_messages")
+    __slots__ = ("_envelope", "_messages", "bundles")
 
     def __init__(self, raws: list[Any], envelope: type[Message[Any]], link: Link) -> None:
         self.link, self._envelope = link, envelope
         self.settled, self._correlation_id = None, None
-        self._bundles: list[Bundle] | None = None
+        #: What it is made of, until somebody looks at a message; None where that is messages.
+        self.bundles: list[Bundle] | None = None
         if all(hasattr(raw, "apart") for raw in raws):
-            self._bundles = raws
+            self.bundles = raws
         else:
             self._messages = [envelope(raw, link) for raw in apart(raws)]
 
     @property
     def messages(self) -> list[Message[Any]]:
         """The single messages."""
-        if self._bundles is not None:
-            raws, self._bundles = apart(self._bundles), None
+        if self.bundles is not None:
+            raws, self.bundles = apart(self.bundles), None
             self._messages = [self._envelope(raw, self.link) for raw in raws]
             for message in self._messages:
                 message.settled = self.settled
@@ -304,9 +305,9 @@ class BatchMessage(Message[list[Any]]):
 
     def bodies(self) -> list[bytes]:
         """What each message says, encoded."""
-        if self._bundles is None:
+        if self.bundles is None:
             return [m.body for m in self._messages]
-        return [body for bundle in self._bundles for body in bundle.bodies()]
+        return [body for bundle in self.bundles for body in bundle.bodies()]
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -321,7 +322,7 @@ class BatchMessage(Message[list[Any]]):
     def destination(self) -> str:
         return self.messages[0].destination
 
-    marked = property(lambda self: self._bundles is None and any(map(_marked, self._messages)))
+    marked = property(lambda self: self.bundles is None and any(map(_marked, self._messages)))
 
     @property
     def delivery_count(self) -> int:
@@ -349,7 +350,7 @@ class BatchMessage(Message[list[Any]]):
         """Settle every message that is not settled yet."""
         if self.settled is not None:
             return self.settled is how
-        bundles = self._bundles if how is Settlement.ACK and not options else None
+        bundles = self.bundles if how is Settlement.ACK and not options else None
         messages = self.messages if bundles is None else ()
         self.settled = how
         failed: Exception | None = None

@@ -22,8 +22,8 @@ from aiokafka.conn import create_conn
 
 from ..errors import SetupError
 from ..security import tls_fault
-from .client import ASK, Broken, Pairs
-from .message import Record, RecordMetadata
+from .client import ASK, Broken
+from .message import Record, RecordMetadata, Send
 from .offsets import Partition, Place, mark
 from .options import Topic
 from .reader import LEAVE, TURN
@@ -244,15 +244,7 @@ class AioClient:
 
     # Publishing
 
-    def send(
-        self,
-        topic: str,
-        value: bytes | None,
-        key: bytes | None,
-        pairs: Pairs,
-        partition: int,
-        timestamp_ms: int,
-    ) -> asyncio.Future[RecordMetadata]:
+    def send(self, send: Send) -> asyncio.Future[RecordMetadata]:
         """Give a message to the producer; the future is its confirmation.
 
         Raises:
@@ -261,22 +253,23 @@ class AioClient:
         """
         if len(self._open) >= WAITING:
             raise BufferError
-        if value is None and key is None:  # nothing is deleted by it, and the library wants one
+        value = send.value
+        if value is None and send.key is None:  # nothing is deleted by it; the library wants one
             value = b""
         future: asyncio.Future[RecordMetadata] = self.loop.create_future()
         timer = self.loop.call_later(self._patience, _expire, future)
         self._open.add(future)
         future.add_done_callback(self._open.discard)
         future.add_done_callback(lambda _: timer.cancel())
-        where = None if partition == -1 else partition
-        message = {"value": value, "key": key, "headers": pairs, "partition": where}
-        waiting = self._waiting.get(topic)
+        where = None if send.partition == -1 else send.partition
+        message = {"value": value, "key": send.key, "headers": send.pairs, "partition": where}
+        waiting = self._waiting.get(send.topic)
         if waiting is None:
-            waiting = self._waiting[topic] = deque()
-            sender = self.loop.create_task(self._send_on(topic, waiting))
+            waiting = self._waiting[send.topic] = deque()
+            sender = self.loop.create_task(self._send_on(send.topic, waiting))
             self._senders.add(sender)
             sender.add_done_callback(self._senders.discard)
-        waiting.append((future, {"timestamp_ms": timestamp_ms or None, **message}))
+        waiting.append((future, {"timestamp_ms": send.timestamp_ms or None, **message}))
         return future
 
     async def _send_on(self, topic: str, waiting: deque[Any]) -> None:

@@ -27,7 +27,7 @@ from confluent_kafka import (
 )
 from confluent_kafka import admin as _administration
 
-from .message import Record, RecordMetadata
+from .message import Record, RecordMetadata, Send
 from .offsets import Commit, Partition, Place, bundles, records
 from .options import Topic
 
@@ -38,7 +38,6 @@ _admin: Any = _administration
 AdminClient, NewTopic, OffsetSpec = _admin.AdminClient, _admin.NewTopic, _admin.OffsetSpec
 log = logging.getLogger("millstream.kafka")
 
-Pairs = list[tuple[str, bytes]]
 #: Messages that are taken from the library at once.
 MOST = 2000
 #: Seconds for one question to the cluster.
@@ -86,6 +85,19 @@ def broken(error: BaseException) -> Broken:
 def partitions(commits: Sequence[Commit]) -> list[TopicPartition]:
     """Commits as the library takes them."""
     return [TopicPartition(c.topic, c.partition, c.offset, metadata=c.note) for c in commits]
+
+
+def produce(producer: Any, send: Send, report: Callable[[Any, Any], None]) -> None:
+    """Give a message to a producer of the library."""
+    producer.produce(
+        send.topic,
+        send.value,
+        send.key,
+        send.partition,
+        on_delivery=report,
+        timestamp=send.timestamp_ms,
+        headers=send.pairs or None,
+    )
 
 
 class Client:
@@ -225,18 +237,8 @@ class Client:
 
     # Publishing
 
-    def send(
-        self,
-        topic: str,
-        value: bytes | None,
-        key: bytes | None,
-        pairs: Pairs,
-        partition: int,
-        timestamp_ms: int,
-    ) -> asyncio.Future[RecordMetadata]:
+    def send(self, send: Send) -> asyncio.Future[RecordMetadata]:
         """Give a message to the producer; the future is its delivery report.
-
-        ``partition`` is -1 for that of the key, ``timestamp_ms`` 0 for now.
 
         Raises:
             BufferError: there is no room at the moment.
@@ -245,15 +247,7 @@ class Client:
         future: asyncio.Future[RecordMetadata] = self.loop.create_future()
         report = functools.partial(self._delivered, future)
         try:
-            self._producer.produce(
-                topic,
-                value,
-                key,
-                partition,
-                on_delivery=report,
-                timestamp=timestamp_ms,
-                headers=pairs or None,
-            )
+            produce(self._producer, send, report)
         except KafkaException as error:
             problem = self._because(broken(error))
             if "TOO_LARGE" in problem.code:

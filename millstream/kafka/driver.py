@@ -24,7 +24,7 @@ from ..message import Message, new_id
 from .client import Broken, Client
 from .flow import Flow, log
 from .letters import KafkaLetters, letters_of
-from .message import KafkaMessage, Record, RecordMetadata
+from .message import KafkaMessage, Record, RecordMetadata, Send
 from .offsets import Place
 from .options import (
     SYNTAX,
@@ -36,7 +36,7 @@ from .options import (
 )
 from .reader import Plan
 from .retries import Retries, names, topics
-from .transactions import Send, Transactional, TransactionalFlow, unit_of
+from .transactions import Transactional, TransactionalFlow, unit_of
 from .transactor import Transactor
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ class KafkaDriver(BaseDriver):
         if not self._connected:
             raise not_yet_connected(self._where)
         try:
-            return self.client.send(*self._as_send(command, data, headers))
+            return self.client.send(self._as_send(command, data, headers))
         except BufferError:
             return None
         except Broken as error:
@@ -370,7 +370,7 @@ class KafkaDriver(BaseDriver):
                     raise PublishError(f"no transaction: {error}") from error
                 self._transactor = transactor
             try:
-                await self._transactor.run(sends, (), None)
+                await self._transactor.run([sends], (), None)
             except Broken as error:
                 if error.code == "_FENCED":
                     text = f"another process has the transactional id {name!r}"

@@ -161,12 +161,16 @@ class Flow:
             left = self._left.pop(Place(start.topic, start.partition), None)
             if left is not None and left.signed(start.note):
                 known[left.place] = left
+            elif left is not None:
+                left.forget()
         await self._end(list(known.values()))
         begin: list[Start] = []
         for start in starts:
             place = Place(start.topic, start.partition)
             left = known.get(place)
             part = left.again() if left is not None else self._part(start)
+            if left is not None:
+                left.forget()
             self.parts[place] = part
             begin.append(start._replace(offset=part.next))
             if part.crashes:
@@ -550,6 +554,8 @@ class Flow:
         if tasks:
             left = begin + CANCELLED - asyncio.get_running_loop().time()
             await asyncio.wait(tasks, timeout=max(left, 0.05))
+        for part in (*self.parts.values(), *self._left.values()):
+            part.forget()
 
     async def lag(self) -> int | None:
         if not self.settles:

@@ -115,6 +115,19 @@ class Bundle(Record, gc=False, eq=False):
         return rest
 
 
+class Send(msgspec.Struct, gc=False):
+    """A message to be published; ``partition`` is -1 for that of the key, ``timestamp_ms`` 0 for
+    now.
+    """
+
+    topic: str
+    value: bytes | None
+    key: bytes | None
+    pairs: list[tuple[str, bytes]]
+    partition: int
+    timestamp_ms: int
+
+
 def decoded(pairs: Sequence[tuple[str, bytes | None]] | None) -> Mapping[str, str]:
     """Headers as texts; of several with one name, the last."""
     if not pairs:

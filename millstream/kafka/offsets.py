@@ -183,16 +183,16 @@ class Partition:
                 self.crashes = 0
 
     def replace(self, bundle: Record, others: Sequence[Record]) -> None:
-        """Keep account of a bundle's messages as of others, if it is not done."""
-        if bundle.done:
-            return
+        """Keep account of a bundle's messages as of others, while it is there."""
         waiting = self.open
+        if bundle not in waiting:
+            return
         index = waiting.index(bundle)
         waiting.rotate(-index)
         waiting.popleft()
         waiting.extendleft(reversed(others))
         waiting.rotate(index)
-        if bundle.given:
+        if bundle.given and not bundle.done:
             self.running += len(others) - 1
 
     def leave(self) -> None:
@@ -201,6 +201,10 @@ class Partition:
         noted = max(self.given, self.odd)
         while self.open and self.open[-1].offset >= noted:
             self.open.pop()
+
+    def forget(self) -> None:
+        """Let go of its messages, which know it as well, and are no garbage collector's."""
+        self.open.clear()
 
     def signed(self, note: str | None) -> bool:
         """Whether a note is ours, so that nobody else has told the group anything since."""

@@ -44,6 +44,17 @@ _SHARING = {
     KafkaError.ILLEGAL_GENERATION,
     KafkaError.STALE_MEMBER_EPOCH,
 }
+#: Seconds for which a group may not tell where its partitions begin.
+UNDECIDED = 60.0
+_UNDECIDED = {
+    KafkaError._TIMED_OUT,
+    KafkaError._TRANSPORT,
+    KafkaError.REQUEST_TIMED_OUT,
+    KafkaError.UNSTABLE_OFFSET_COMMIT,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.NOT_COORDINATOR,
+}
 #: Errors that come and go while brokers do.
 _PASSING = {
     KafkaError._TRANSPORT,
@@ -171,6 +182,8 @@ class Reader:
         self.trusted = math.inf
         self.member: Any = None
         self._ended: asyncio.Future[None] | None = None
+        #: What a callback of the library raised.
+        self._raised: Exception | None = None
         #: What is held back, by place.
         self._halted: set[Place] = set()
         #: What the thread is to do, and who waits for it.
@@ -189,9 +202,9 @@ class Reader:
             else:
                 self._consumer.subscribe(
                     self.plan.topics,
-                    on_assign=self._on_assign,
-                    on_revoke=self._on_revoke,
-                    on_lost=self._on_lost,
+                    on_assign=self._kept(self._on_assign),
+                    on_revoke=self._kept(self._on_revoke),
+                    on_lost=self._kept(self._on_lost),
                 )
                 self.trust()
         except BaseException as error:
@@ -294,6 +307,8 @@ class Reader:
                     self._stall()
                     continue
                 first = poll(TURN)
+                if self._raised is not None:
+                    raise self._raised
                 if first is not None:
                     batch = [first, *consume(most, 0)] if most else [first]
                     errors = [m for m in batch if m.error() is not None]
@@ -381,13 +396,10 @@ class Reader:
 
     def _starts(self, partitions: list[TopicPartition]) -> list[Start]:
         """Where partitions begin, as the group or the log tells."""
-        consumer = self._consumer
         notes: dict[Place, str | None] = {}
         asked = [p for p in partitions if p.offset == -1001]
         if asked and self.plan.group is not None:
-            for p in consumer.committed(asked, timeout=ASK * 2):
-                if p.error is not None:
-                    raise KafkaException(p.error)
+            for p in self._committed(asked):
                 if p.offset >= 0:
                     notes[Place(p.topic, p.partition)] = p.metadata or ""
                 for mine in partitions:
@@ -408,6 +420,38 @@ class Reader:
             Start(p.topic, p.partition, p.offset, notes.get(Place(p.topic, p.partition)))
             for p in partitions
         ]
+
+    def _committed(self, asked: list[TopicPartition]) -> list[TopicPartition]:
+        """What the group was told last of partitions.
+
+        It does not say that as long as a transaction is open that an owner left by dying.
+        """
+        end = time.monotonic() + UNDECIDED
+        while True:
+            try:
+                found: list[TopicPartition] = self._consumer.committed(asked, timeout=ASK)
+                for p in found:
+                    if p.error is not None:
+                        raise KafkaException(p.error)
+                return found
+            except KafkaException as error:
+                late = error.args[0].code() not in _UNDECIDED or time.monotonic() > end
+                if late or self._stopping:
+                    raise
+                self.client.tell(self.owner.failed, broken(error))
+                self._tick()
+                self._obey()
+
+    def _kept(self, callback: Callable[[Any, list[TopicPartition]], None]) -> Any:
+        """A callback for the library, which would make no exception of what is raised in it."""
+
+        def call(consumer: Any, partitions: list[TopicPartition]) -> None:
+            try:
+                callback(consumer, partitions)
+            except Exception as error:
+                self._raised = error
+
+        return call
 
     def _on_assign(self, consumer: Any, partitions: list[TopicPartition]) -> None:
         if self._last is not None:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -22,10 +22,10 @@ import msgspec
 from ..ack import AckPolicy, Settlement
 from ..driver import Driver
 from ..errors import Fenced, MessageTooLarge, PublishError, SetupError, StateError
-from ..message import BatchMessage, current
-from .client import Broken, Client, Pairs
+from ..message import BatchMessage, Message, apart, current
+from .client import Broken, Client
 from .flow import Flow
-from .message import Record, RecordMetadata
+from .message import Record, RecordMetadata, Send
 from .offsets import Commit, Partition, Place
 from .reader import Plan
 from .transactor import Refused, Transactor
@@ -62,23 +62,13 @@ class Transacting(Driver, Protocol):
     async def transact(self, sends: Sequence[Any]) -> None: ...
 
 
-class Send(NamedTuple):
-    """One message; ``partition`` is -1 for that of the key, ``timestamp_ms`` 0 for now."""
-
-    topic: str
-    value: bytes | None
-    key: bytes | None
-    pairs: Pairs
-    partition: int
-    timestamp_ms: int
-
-
 class Unit:
     """Messages that are handled together, mostly one, and what was published meanwhile.
 
     Args:
-        owner: the message, or the batch, that its handler has.
-        records: what is done when this may go out; none for an explicit transaction.
+        owner: the message, or the batch, that its handler has; None once that is done.
+        records: what is done when this may go out, bundles as such; none for an explicit
+            transaction.
     """
 
     __slots__ = ("alone", "kept", "owner", "records", "refusal", "sends")
@@ -92,6 +82,14 @@ class Unit:
         self.alone = False
         #: Why the cluster did not take what the last attempt published.
         self.refusal: Broken | None = None
+
+    def end(self) -> list[Record]:
+        """Let go of the records, which know it as well, and are no garbage collector's."""
+        records, self.records = self.records, []
+        for record in records:
+            if record.unit is self:
+                record.unit = None
+        return records
 
     def drop(self) -> None:
         """Forget what was published since the last success."""
@@ -129,14 +127,13 @@ def unit_of(driver: Transacting) -> Unit | None:
     message = current.get()
     if message is None or message.settled is not None or message.link.driver is not driver:
         return None
-    # The raw messages of a batch are put together anew by each look at them.
-    of = message.messages if isinstance(message, BatchMessage) else [message]
-    first: Any = of[0].raw if of else None
+    # All of a batch are looked at once, not for each publication.
+    first: Any = next(_records(message), None)
     if not isinstance(getattr(first, "part", None), TransactionalPartition):
         return None
     unit: Unit | None = first.unit
     if unit is None or unit.owner is not message:
-        records: list[Record] = [one.raw for one in of]
+        records = list(_records(message))
         known: Iterable[Unit | None] = (record.unit for record in records)
         refusal = next((u.refusal for u in known if u is not None and u.refusal), None)
         unit = Unit(message, records)
@@ -144,6 +141,18 @@ def unit_of(driver: Transacting) -> Unit | None:
         for record in records:
             record.unit = unit
     return unit
+
+
+def _records(message: Message[Any]) -> Iterator[Record]:
+    if not isinstance(message, BatchMessage):
+        return iter((message.raw,))
+    bundles: Any = message.bundles
+    return iter(bundles) if bundles is not None else (one.raw for one in message.messages)
+
+
+def _gone(record: Record) -> bool:
+    """Whether a message is somebody else's by now."""
+    return record.part is None or record.part.fenced
 
 
 class TransactionalPartition(Partition):
@@ -155,8 +164,23 @@ class TransactionalPartition(Partition):
     def finish(self, record: Record) -> None:
         record.done = True
 
+    def replace(self, bundle: Record, others: Sequence[Record]) -> None:
+        super().replace(bundle, others)
+        unit: Unit | None = bundle.unit
+        if unit is not None:
+            at = unit.records.index(bundle)
+            unit.records[at : at + 1] = others
+            for record in others:
+                record.unit = unit
+
+    def forget(self) -> None:
+        for record in self.open:
+            if record.unit is not None:
+                record.unit.end()
+        super().forget()
+
     def ready(self) -> int:
-        """How many messages are done without a gap."""
+        """How many records are done without a gap."""
         count = 0
         for record in self.open:
             if not record.done:
@@ -165,11 +189,11 @@ class TransactionalPartition(Partition):
         return count
 
     def behind(self, count: int) -> int:
-        """The offset behind the first messages."""
+        """The offset behind the first records."""
         return self.open[count - 1].offset + 1 if count else self.committable
 
     def advance(self, count: int) -> None:
-        """The first messages are done, and the group knows."""
+        """The first records are done, and the group knows."""
         for _ in range(count):
             self.committable = self.open.popleft().offset + 1
         if self.crashes and self.committable >= self.suspects:
@@ -177,7 +201,7 @@ class TransactionalPartition(Partition):
 
 
 class Taking(NamedTuple):
-    """What goes into one transaction: the units, and how many messages of each partition."""
+    """What goes into one transaction: the units, and how many records of each partition."""
 
     units: list[Unit]
     counts: dict[TransactionalPartition, int]
@@ -240,7 +264,6 @@ class TransactionalFlow(Flow):
     """A subscription whose messages are handled exactly once, as far as Kafka can see."""
 
     partition = TransactionalPartition
-    bundles = False
 
     def __init__(
         self,
@@ -301,6 +324,8 @@ class TransactionalFlow(Flow):
         if part is not None and part.fenced:
             part.running -= 1  # its next owner handles it, and publishes
             self._freed.set()
+            if unit is not None:
+                self._ended(unit)
             return
         if how is Settlement.NACK and options.get("attempt") is None:
             if unit is not None:
@@ -317,12 +342,24 @@ class TransactionalFlow(Flow):
                 _opened.reset(token)
         else:
             await super().settle(record, how, delay, **options)
-        if record.unit is not None:
-            record.unit.kept = len(record.unit.sends)
-        self._finished += 1
-        self._backlog += 1
+        unit = record.unit
+        if unit is not None:
+            unit.kept = len(unit.sends)
+            self._ended(unit)
+        self._finished += record.size
+        self._backlog += record.size
         if self._finished >= self.spec.transaction_size:
             self._cut.set()
+
+    def _ended(self, unit: Unit) -> None:
+        """Look whether all of a unit has been handled, and whether it can still go out."""
+        if not all(record.done or _gone(record) for record in reversed(unit.records)):
+            return
+        unit.owner = None  # its message, and all that hangs on it
+        if any(map(_gone, unit.records)):  # of a batch; the others are handled again
+            for record in reversed(unit.end()):
+                if not _gone(record):
+                    self._give_again(record)
 
     def undo(self, raw: Any) -> None:
         """An attempt failed: what it published is dropped."""
@@ -376,8 +413,8 @@ class TransactionalFlow(Flow):
                 return True
             self._dirty, self._finished = False, 0
             taking = take(self.parts.values())  # type: ignore[arg-type]
-            sends = [send for unit in taking.units for send in unit.sends]
-            if not sends and not (taking.counts and self.plan.partitions):
+            sends = [unit.sends for unit in taking.units]
+            if not any(sends) and not (taking.counts and self.plan.partitions):
                 await self._commit_plainly(taking)
                 self._look_for_more(taking)
                 return True
@@ -389,6 +426,8 @@ class TransactionalFlow(Flow):
                 self._dirty = True
                 return await self._aborted(error, taking)
             self._advance(taking)
+            for unit in taking.units:
+                unit.end()
             for commit in commits:
                 part = self.parts.get(Place(commit.topic, commit.partition))
                 if part is not None:  # not gone meanwhile
@@ -448,43 +487,33 @@ class TransactionalFlow(Flow):
 
     def _blame(self, error: Refused, taking: Taking) -> None:
         """Find whose messages the cluster refused; those are handled again, and told why."""
-        blamed: list[Unit] = []
-        number = 0
-        for unit in taking.units:
-            if any(number <= at < number + len(unit.sends) for at in error.which):
-                blamed.append(unit)
-            number += len(unit.sends)
-        for unit in blamed:
+        for unit in (taking.units[number] for number in error.which):
             if not unit.alone:  # others of the same request are refused with it
                 unit.alone = True
                 continue
-            for record in reversed(unit.records):
-                fresh = record.unit = Unit(None, [record])
-                fresh.refusal = error
-                self._give_again(record)
+            for record in reversed(unit.end()):
+                for single in self._give_again(record):
+                    fresh = single.unit = Unit(None, [single])
+                    fresh.refusal = error
 
-    def _give_again(self, record: Record) -> None:
-        """Have a message handled once more that was done already."""
+    def _give_again(self, record: Record) -> list[Record]:
+        """Have messages handled once more that were done already."""
         record.done = record.given = False
-        record.count, record.tries = max(record.count, record.tries) + 1, 0
-        record.unusual = True
-        self._again(record)
+        singles: list[Record] = apart([record])
+        for single in reversed(singles):
+            single.count, single.tries = max(single.count, single.tries) + 1, 0
+            single.unusual = True
+            self._again(single)
+        return singles
 
     # Partitions that go
 
     async def losing(self, places: Sequence[Place], *, gone: bool) -> list[Commit]:
+        parts = [self.parts[place] for place in places if place in self.parts]
         commits = await super().losing(places, gone=gone)
-        broken = {
-            id(unit): unit
-            for part in self.parts.values()
-            for record in part.open
-            if (unit := record.unit) is not None and any(r.part.fenced for r in unit.records)
-        }
-        for unit in broken.values():  # the others of a batch: their result cannot go out any more
-            for record in reversed(unit.records):
-                record.unit = None
-                if record.done and not record.part.fenced:
-                    self._give_again(record)
+        lost = (record.unit for part in parts for record in part.open)
+        for unit in {id(unit): unit for unit in lost if unit is not None}.values():
+            self._ended(unit)
         self._taken.set()
         return commits
 

@@ -14,7 +14,8 @@ from typing import Any
 from confluent_kafka import KafkaException, Producer
 
 from .. import killpoints
-from .client import ASK, Broken, Client, broken, partitions
+from .client import ASK, Broken, Client, broken, partitions, produce
+from .message import Send
 from .offsets import Commit
 
 #: Errors of messages that no cluster will take, however often they are sent.
@@ -41,7 +42,7 @@ class Refused(Broken):
     Args:
         text: why.
         code: Kafka's name of the error.
-        which: their places among the messages.
+        which: the places of the groups that they are in.
     """
 
     def __init__(self, text: str, code: str, which: Sequence[int]) -> None:
@@ -102,8 +103,10 @@ class Transactor:
         except KafkaException as error:
             raise broken(error) from error
 
-    async def run(self, sends: Sequence[Any], commits: Sequence[Commit], member: Any) -> None:
-        """Store messages and offsets at once.
+    async def run(
+        self, groups: Sequence[Sequence[Send]], commits: Sequence[Commit], member: Any
+    ) -> None:
+        """Store groups of messages, and offsets, at once.
 
         Raises:
             Refused: it was aborted, and will be again with the same messages.
@@ -112,15 +115,17 @@ class Transactor:
         """
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._pool, self._run, sends, commits, member)
+            await loop.run_in_executor(self._pool, self._run, groups, commits, member)
         except RuntimeError as error:  # closed meanwhile
             raise Broken(str(error), "_STATE", True) from error
 
-    def _run(self, sends: Sequence[Any], commits: Sequence[Commit], member: Any) -> None:
+    def _run(
+        self, groups: Sequence[Sequence[Send]], commits: Sequence[Commit], member: Any
+    ) -> None:
         began = time.monotonic()
         refused: dict[int, str] = {}
         try:
-            self._transact(sends, commits, member, refused)
+            self._transact(groups, commits, member, refused)
         except (KafkaException, BufferError, ValueError, TypeError, Stuck) as error:
             problem = error if isinstance(error, Stuck) else broken(error)
             if not problem.fatal:
@@ -142,7 +147,7 @@ class Transactor:
 
     def _transact(
         self,
-        sends: Sequence[Any],
+        groups: Sequence[Sequence[Send]],
         commits: Sequence[Commit],
         member: Any,
         refused: dict[int, str],
@@ -152,36 +157,29 @@ class Transactor:
         if self._began is not None:
             self._began()
         end = time.monotonic() + self._limit
-        for number, (topic, value, key, pairs, partition, timestamp_ms) in enumerate(sends):
+        for number, group in enumerate(groups):
             report = functools.partial(_report_refusal, refused, number)
-            while True:
-                try:
-                    producer.produce(
-                        topic,
-                        value,
-                        key,
-                        partition,
-                        on_delivery=report,
-                        timestamp=timestamp_ms,
-                        headers=pairs or None,
-                    )
-                    break
-                except BufferError:
-                    if time.monotonic() > end:
+            for send in group:
+                while True:
+                    try:
+                        produce(producer, send, report)
+                        break
+                    except BufferError:
+                        if time.monotonic() > end:
+                            raise
+                        producer.poll(0.05)
+                    except KafkaException as error:
+                        if broken(error).code in _REFUSALS:
+                            refused[number] = broken(error).code
                         raise
-                    producer.poll(0.05)
-                except KafkaException as error:
-                    if broken(error).code in _REFUSALS:
-                        refused[number] = broken(error).code
-                    raise
         if self._sent is not None:
             producer.flush(self._limit)
             self._sent()
         if commits:
-            send = functools.partial(
+            ask = functools.partial(
                 producer.send_offsets_to_transaction, partitions(commits), member
             )
-            self._patiently(functools.partial(_in_time, send), self._limit)
+            self._patiently(functools.partial(_in_time, ask), self._limit)
         if self._told is not None:
             self._told()
         self._patiently(producer.commit_transaction, self._limit)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, Message, Producer, TopicPartition
 
 from millstream import AckPolicy, Batch, Millstream, Retry
 from millstream.errors import BatchFailed, Fenced, MessageTooLarge, SetupError, StateError
-from millstream.kafka import KafkaBroker, KafkaMessage, TestKafkaBroker, Topic
+from millstream.kafka import KafkaBroker, KafkaMessage, TestKafkaBroker, Topic, reader
 from tests.faults.harness import write_result
 from tests.helpers import eventually, eventually_sync, unique
 
@@ -53,6 +55,10 @@ def offset(kafka: Any, topic: str, group: str) -> int:
         return sum(max(p.offset, 0) for p in consumer.committed(asked, timeout=5))
     finally:
         consumer.close()
+
+
+def topics(kafka: Any) -> Any:
+    return Producer({"bootstrap.servers": kafka.url}).list_topics(timeout=5).topics
 
 
 def fill(kafka: Any, topic: str, bodies: range) -> None:
@@ -267,6 +273,7 @@ async def test_a_zombie_is_fenced_and_says_so(kafka: Any, caplog: Any) -> None:
     write_result("Zombie producer, while its handlers run", "kafka", "fenced, says so", sent=2)
 
 
+@pytest.mark.parametrize("lists", [False, True], ids=["single", "lists"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -276,19 +283,29 @@ async def test_a_zombie_is_fenced_and_says_so(kafka: Any, caplog: Any) -> None:
     ],
     ids=["eager", "cooperative", "kip-848"],
 )
-async def test_partitions_move_during_transactions(kafka: Any, options: Any) -> None:
+async def test_partitions_move_during_transactions(kafka: Any, options: Any, lists: bool) -> None:
     topic, out = unique(), unique()
 
     def member(number: int) -> KafkaBroker:
         broker = make(kafka, f"{topic}-{number}")
-
-        @broker.subscriber(
-            Topic(topic, 6), group_id=topic, concurrency=8, transaction_interval_ms=20, **options
+        subscriber = partial(
+            broker.subscriber, Topic(topic, 6), group_id=topic, transaction_interval_ms=20
         )
-        @broker.publisher(Topic(out, 2))
-        async def handler(body: int) -> int:
-            await asyncio.sleep(0.002)
-            return body
+        if lists:
+
+            @subscriber(batch=Batch(30, 0.02), max_workers=3, **options)
+            async def of_many(bodies: list[int]) -> None:
+                await broker.publish_batch(*bodies[:-1], topic=out)
+                await asyncio.sleep(0.01)
+                await broker.publish(bodies[-1], out)
+
+        else:
+
+            @subscriber(concurrency=8, **options)
+            @broker.publisher(Topic(out, 2))
+            async def handler(body: int) -> int:
+                await asyncio.sleep(0.002)
+                return body
 
         return broker
 
@@ -315,6 +332,73 @@ async def test_partitions_move_during_transactions(kafka: Any, options: Any) -> 
     assert offset(kafka, topic, topic) == 3000
 
 
+async def test_a_batch_that_loses_one_of_its_partitions_is_handled_anew(kafka: Any) -> None:
+    topic, out = unique(), unique()
+    begun, gate = asyncio.Event(), asyncio.Event()
+    old, new = make(kafka, f"{topic}-old"), make(kafka, f"{topic}-new")
+    options: dict[str, Any] = {"partition_assignment_strategy": "cooperative-sticky", **QUICK}
+
+    @old.subscriber(
+        Topic(topic, 2), group_id=topic, batch=Batch(20, 0.5), revoke_timeout_ms=200, **options
+    )
+    async def wait(bodies: list[int]) -> None:
+        await old.publish_batch(*bodies[:-1], topic=out)
+        begun.set()
+        await gate.wait()
+        await old.publish(bodies[-1], out)
+
+    @new.subscriber(Topic(topic, 2), group_id=topic, **options)
+    @new.publisher(out)
+    async def handler(body: int) -> int:
+        return body
+
+    await old.start()
+    try:
+        for body in range(20):
+            await old.publish(body, topic, partition=body % 2)
+        await begun.wait()
+        await new.start()
+        await eventually(lambda: asyncio.to_thread(lambda: len(read(kafka, out)) == 10), 20)
+        gate.set()
+        await eventually(lambda: asyncio.to_thread(lambda: offset(kafka, topic, topic) == 20), 10)
+    finally:
+        gate.set()
+        await old.stop()
+        await new.stop()
+    assert sorted(map(int, read(kafka, out))) == list(range(20))
+
+
+@pytest.mark.parametrize("lists", [False, True], ids=["single", "lists"])
+async def test_nothing_is_kept_of_what_is_done(kafka: Any, lists: bool) -> None:
+    topic, out = unique(), unique()
+    broker = make(kafka, topic)
+    if lists:
+
+        @broker.subscriber(topic, group_id=topic, batch=Batch(100, 0.05))
+        async def of_many(bodies: list[int]) -> None:
+            await broker.publish_batch(*bodies, topic=out)
+
+    else:
+
+        @broker.subscriber(topic, group_id=topic, concurrency=10)
+        @broker.publisher(out)
+        async def handler(body: int) -> int:
+            return body
+
+    await broker.start()
+    try:
+        await broker.publish_batch(*range(2000), topic=topic)
+        await eventually(lambda: asyncio.to_thread(lambda: offset(kafka, topic, topic) == 2000), 20)
+        await broker.publish(2000, topic)  # what was read last is still at hand
+        await eventually(lambda: asyncio.to_thread(lambda: offset(kafka, topic, topic) == 2001), 20)
+        gc.collect()
+        # What a worker had last, and the reader, may still be at hand.
+        kept = [thing for thing in gc.get_objects() if isinstance(thing, Message)]
+        assert len([message for message in kept if message.topic() in (topic, out)]) < 20
+    finally:
+        await broker.stop()
+
+
 POINTS = (
     "after_handler",
     "after_publish",
@@ -338,8 +422,7 @@ def test_killed_at_any_step_each_result_is_there_once(kafka: Any, point: str) ->
     topic, out = unique(), unique()
     at = 40 if not point.startswith("transaction") else 2
     worker = work(kafka, topic, out, topic, f"{point}:{at}")
-    producer = Producer({"bootstrap.servers": kafka.url})
-    eventually_sync(lambda: topic in producer.list_topics(timeout=5).topics, 10)
+    eventually_sync(lambda: topic in topics(kafka), 10)
     fill(kafka, topic, range(200))
     assert worker.wait(20) == -signal.SIGKILL
     worker = work(kafka, topic, out, topic)
@@ -356,8 +439,7 @@ def test_killed_at_any_step_each_result_is_there_once(kafka: Any, point: str) ->
 def test_another_process_takes_over_from_one_killed_in_a_transaction(kafka: Any) -> None:
     topic, out = unique(), unique()
     first = work(kafka, topic, out, "one", "transaction_offsets:2")
-    producer = Producer({"bootstrap.servers": kafka.url})
-    eventually_sync(lambda: topic in producer.list_topics(timeout=5).topics, 10)
+    eventually_sync(lambda: topic in topics(kafka), 10)
     fill(kafka, topic, range(200))
     assert first.wait(20) == -signal.SIGKILL
     second = work(kafka, topic, out, "two")  # has to wait until the cluster aborts it
@@ -371,11 +453,36 @@ def test_another_process_takes_over_from_one_killed_in_a_transaction(kafka: Any)
     write_result(scenario, "kafka", "each result once", sent=200)
 
 
+@pytest.mark.parametrize("patience", [60.0, 0.5], ids=["patient", "anew"])
+async def test_offsets_that_an_open_transaction_holds_are_waited_for(
+    kafka: Any, monkeypatch: Any, patience: float
+) -> None:
+    monkeypatch.setattr(reader, "ASK", 0.5)
+    monkeypatch.setattr(reader, "UNDECIDED", patience)
+    topic, out = unique(), unique()
+    first = work(kafka, topic, out, f"{topic}-one", "transaction_offsets:2")
+    await eventually(lambda: asyncio.to_thread(lambda: topic in topics(kafka)), 10)
+    fill(kafka, topic, range(200))
+    assert await asyncio.to_thread(first.wait, 20) == -signal.SIGKILL
+    second = make(kafka, f"{topic}-two")
+
+    @second.subscriber(Topic(topic, 2), group_id=topic, **QUICK)
+    @second.publisher(out)
+    async def handler(body: int) -> int:
+        return body
+
+    await second.start()
+    try:
+        await eventually(lambda: asyncio.to_thread(lambda: len(read(kafka, out)) >= 200), 45)
+    finally:
+        await second.stop()
+    assert sorted(map(int, read(kafka, out))) == list(range(200))
+
+
 def test_a_stopped_process_that_wakes_up_adds_nothing(kafka: Any) -> None:
     topic, out = unique(), unique()
     old = work(kafka, topic, out, topic)
-    producer = Producer({"bootstrap.servers": kafka.url})
-    eventually_sync(lambda: topic in producer.list_topics(timeout=5).topics, 10)
+    eventually_sync(lambda: topic in topics(kafka), 10)
     fill(kafka, topic, range(400))
     eventually_sync(lambda: len(read(kafka, out)) >= 20, 20)
     old.send_signal(signal.SIGSTOP)
