@@ -39,7 +39,8 @@ from .options import (
     TopicPartition,
 )
 from .settings import addresses, aiokafka, aiokafka_producing, confluent, further, producing
-from .transactions import Transactional, check, opened
+from .transactions import Transactional, check
+from .units import opened
 
 if TYPE_CHECKING:
     from .aio import AioClient

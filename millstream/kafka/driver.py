@@ -36,8 +36,9 @@ from .options import (
 )
 from .reader import Plan
 from .retries import Retries, names, topics
-from .transactions import Transactional, TransactionalFlow, unit_of
+from .transactions import Transactional, TransactionalFlow
 from .transactor import Transactor
+from .units import unit_of
 
 if TYPE_CHECKING:
     from .aio import AioClient

@@ -15,7 +15,7 @@ from ..testing import Bs, TestBroker
 from .letters import letters_of
 from .message import KafkaMessage, Record, RecordMetadata
 from .options import SYNTAX, KafkaPublish, KafkaSubscription, Topic
-from .transactions import unit_of
+from .units import unit_of
 
 #: Bytes of the largest message, as of a server with default settings.
 LARGEST = 1_048_576
