@@ -57,7 +57,7 @@ class _VirtualTimer:
         self.args = args
 
     def cancel(self) -> None:
-        self.call = None
+        self.call, self.args = None, ()
 
 
 def wake(future: asyncio.Future[None]) -> None:

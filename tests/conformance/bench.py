@@ -53,6 +53,11 @@ class Kind:
     #: some dead letters finds them behind the others the next time).
     lacks: frozenset[str] = frozenset()
 
+    @property
+    def cannot(self) -> frozenset[str]:
+        """The same; a test broker keeps what it sees for assertions ("forgetting")."""
+        return self.lacks | {"forgetting"} if self.name.startswith("test-") else self.lacks
+
 
 @dataclass
 class Bench:

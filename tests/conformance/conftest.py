@@ -17,7 +17,7 @@ def needs(
 ) -> Callable[[Any], Any]:
     """Try a behaviour only where the source has all of these capabilities.
 
-    ``kinds`` leaves out sources that lack one of them (``Kind.lacks``), ``requests`` those whose
+    ``kinds`` leaves out sources that lack one of them (``Kind.cannot``), ``requests`` those whose
     server answers requests by itself.
     """
 
@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param(kind, id=kind.name, marks=[pytest.mark.server] if kind.server else [])
             for kind in KINDS
             if needed in kind.capabilities
-            and not able & kind.lacks
+            and not able & kind.cannot
             and not (requests and kind.stored is not None)
         ]
         metafunc.parametrize("bench", kinds, indirect=True)
