@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from .checks import not_taken
 from .driver import PublicationSpec, PublishCommand
 from .errors import NotConnected
 from .message import Message, current
@@ -106,12 +107,20 @@ class Publication:
             self.request.ask = broker.probe.sending(publisher, codec, self.request.ask)
 
     def make(self, message: Any, overrides: Mapping[str, Any]) -> PublishCommand:
-        """The command for one message; headers are added to the declared ones."""
+        """The command for one message; headers are added to the declared ones.
+
+        Raises:
+            SetupError: there is no option of one of these names.
+        """
         values = {**self.defaults, **overrides}
         declared, given = self.defaults.get("headers"), overrides.get("headers")
         if declared:
             values["headers"] = {**declared, **(given or {})}
-        return self.command(message=message, **values)
+        try:
+            return self.command(message=message, **values)
+        except TypeError as error:
+            owner = f"publishing to {self.spec.destination!r}"
+            raise not_taken(overrides, self.command, owner, error) from error
 
     async def all(self, message: Any, overrides: Mapping[str, Any]) -> Sequence[Any]:
         """Publish each item of a list by itself, all at once and in order.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..address import AddressSyntax
 from ..base import BaseDriver, Questions, disconnected, not_yet_connected
+from ..checks import check_types
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
-from ..endpoints import check_types
 from ..errors import (
     ConnectError,
     Fenced,

@@ -11,8 +11,8 @@ import msgspec
 from pika.data import encode_table
 
 from ..address import AddressSyntax
+from ..checks import caller
 from ..driver import Bindings, Capability, PublicationSpec, PublishCommand, SubscriptionSpec
-from ..endpoints import caller
 from ..errors import CapabilityError, SetupError
 from ..message import Message
 from .connection import UNWRITABLE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -9,8 +10,13 @@ import pydantic
 import pytest
 
 from millstream import Message, MsgPack, Response
-from millstream.errors import DecodeError, EncodeError, RemoteError
+from millstream.errors import DecodeError, EncodeError, RemoteError, SetupError
+from millstream.kafka import KafkaBroker
 from millstream.memory import MemoryBroker, MemoryRouter
+from millstream.mqtt import MqttBroker
+from millstream.nats import NatsBroker
+from millstream.rabbit import RabbitBroker
+from millstream.redis import RedisBroker
 from millstream.testing import TestBroker
 
 
@@ -221,3 +227,56 @@ async def test_a_subclass_may_have_a_publish_of_its_own() -> None:
         await broker.publish(1, "a")
         await broker.publish(2, "a")
     assert broker.count == 2
+
+
+@pytest.mark.parametrize(
+    ("send", "owner"),
+    [
+        (lambda broker, **o: broker.publish(1, "out", **o), "MemoryBroker.publish"),
+        (lambda broker, **o: broker.request(1, "out", **o), "MemoryBroker.request"),
+        (
+            lambda broker, **o: broker.publish_batch(1, 2, subject="out", **o),
+            "MemoryBroker.publish_batch",
+        ),
+        (lambda broker, **o: broker.publisher("out").publish(1, **o), "publishing to 'out'"),
+        (lambda broker, **o: broker.publisher("out").request(1, **o), "publishing to 'out'"),
+        (lambda broker, **o: broker.subscriber("out").get_one(**o), "get_one"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("option", "fix"),
+    [
+        ("timeuot", "did you mean 'timeout'?"),
+        ("no_ack", "message.ack() settles what get_one gave"),
+        ("rpc", "request(..., timeout=...) waits for the answer"),
+        ("value", "the message is the first argument"),
+        ("colour", "one of: "),
+    ],
+)
+async def test_an_unknown_option_of_what_is_sent_or_read(
+    send: Callable[..., Awaitable[Any]], owner: str, option: str, fix: str
+) -> None:
+    broker, got = MemoryBroker(), list[Any]()
+
+    @broker.subscriber("out")
+    async def out(value: int) -> None:
+        got.append(value)
+
+    async with TestBroker(broker) as running:
+        with pytest.raises(SetupError) as caught:
+            await send(running, **{option: 1})
+        await running.publish(3, "out")
+    assert (caught.value.code, got) == ("MS120", [3])
+    assert caught.value.what == f"{owner} has no option {option!r}"
+    assert fix in caught.value.fix and __file__ in caught.value.where
+
+
+@pytest.mark.parametrize(
+    "broker", [KafkaBroker(), MqttBroker(), NatsBroker(), RabbitBroker(), RedisBroker()]
+)
+@pytest.mark.parametrize("verb", ["publish", "request"])
+def test_an_unknown_option_is_told_before_there_is_a_connection(broker: Any, verb: str) -> None:
+    with pytest.raises(SetupError, match=f"Broker.{verb} has no option 'colour'"):
+        getattr(broker, verb)("body", "out", colour="red")
+    with pytest.raises(SetupError, match=f"Broker.{verb}: .*positional"):
+        getattr(broker, verb)(*range(9))
