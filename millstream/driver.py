@@ -263,6 +263,12 @@ class PublishCommand(msgspec.Struct, kw_only=True):
     def body(self, value: Any) -> None:
         self.message = value
 
+    def answer(self, message: Message[Any]) -> None:
+        """Make it the answer to a message: it goes where that wants it, whatever it said before."""
+        self.destination = message.reply_to
+        if self.correlation_id is None:
+            self.correlation_id = message.known_correlation_id
+
 
 #: Takes one raw message; the driver awaits it, and that wait is the back-pressure.
 Sink = Callable[[Any], Awaitable[None]]

@@ -421,16 +421,14 @@ class Failures:
         """Tell who waits for an answer that there will be none."""
         if Capability.REPLY not in self.spec.capabilities or self.spec.no_reply or self.spec.batch:
             return
-        reply_to = message.reply_to
-        if not reply_to:
+        if not message.reply_to:
             return
         command = self.broker.driver.command()
-        command.destination = reply_to
+        command.answer(message)
         command.timeout = self.broker.publish_timeout
         headers = {"ms-error": one_line(str(error)[:2000]), "ms-error-type": type(error).__name__}
-        correlation_id = message.known_correlation_id
-        if correlation_id:
-            headers["correlation_id"] = correlation_id
+        if command.correlation_id:
+            headers["correlation_id"] = command.correlation_id
         await self.broker.driver.publish(command, b"", headers)
 
     def log(self, message: Message[Any], error: BaseException, outcome: str) -> None:

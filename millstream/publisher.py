@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 @dataclass(init=False, repr=False, eq=False)
 class Response:
-    """A handler's result with metadata.
+    """A handler's result with metadata, for what is published and for the answer to a request.
 
     Args:
         body: what is published; None publishes an empty body, where a bare None publishes
@@ -33,6 +33,8 @@ class Response:
         headers: sent along.
         correlation_id: instead of the incoming message's.
         options: further arguments of the broker's ``publish``; None leaves it to the publisher.
+            An answer takes them as well, but for those that say where a message goes: it goes
+            where it is wanted.
     """
 
     body: Any = None
@@ -58,8 +60,20 @@ class Response:
 
     def arguments(self) -> dict[str, Any]:
         """What is said besides the body, as arguments of the broker's ``publish``."""
-        given = {"headers": self.headers, "correlation_id": self.correlation_id}
+        headers = dict(self.headers) if self.headers is not None else None
+        given = {"headers": headers, "correlation_id": self.correlation_id}
         return self.options | {name: value for name, value in given.items() if value is not None}
+
+    def command(self, kind: type[PublishCommand]) -> PublishCommand:
+        """The same as a broker's command.
+
+        Raises:
+            SetupError: the broker's ``publish`` has no option of one of these names.
+        """
+        try:
+            return kind(message=self.body, **self.arguments())
+        except TypeError as error:
+            raise not_taken(self.options, kind, type(self).__name__, error) from error
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.body!r})"

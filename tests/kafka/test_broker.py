@@ -539,6 +539,38 @@ async def test_several_topics_and_results_with_keys(kafka: Any) -> None:
         await broker.stop()
 
 
+@pytest.mark.parametrize("client", ["confluent", "aiokafka"])
+async def test_an_answer_takes_the_options_of_its_response(kafka: Any, client: Any) -> None:
+    topic, answers = unique(), unique()
+    broker = make(kafka, client=client)
+    got: list[KafkaMessage] = []
+
+    @broker.subscriber(topic, group_id=topic)
+    async def handler(body: int) -> Any:
+        if body == 2:
+            return KafkaPublishMessage("two", key="k2")
+        return KafkaResponse(
+            None, headers={"a": "b"}, key="k", partition=2, timestamp_ms=1_700_000_000_000
+        )
+
+    @broker.subscriber(Topic(answers, 3), group_id=topic)
+    async def answered(message: KafkaMessage) -> None:
+        got.append(message)
+
+    await broker.start()
+    try:
+        await broker.publish(1, topic, reply_to=answers, correlation_id="c")
+        await eventually(lambda: got, 20)
+        assert (got[0].key, got[0].partition, got[0].is_tombstone) == (b"k", 2, True)
+        assert (got[0].headers["a"], got[0].correlation_id) == ("b", "c")
+        assert got[0].timestamp is not None and got[0].timestamp.timestamp() == 1_700_000_000
+        await broker.publish(2, topic, reply_to=answers)
+        await eventually(lambda: len(got) == 2)
+        assert (got[1].body, got[1].key) == (b"two", b"k2")
+    finally:
+        await broker.stop()
+
+
 def test_what_is_wrong_is_said_at_once(kafka: Any) -> None:
     broker = make(kafka)
 

@@ -9,7 +9,7 @@ import msgspec
 import pydantic
 import pytest
 
-from millstream import Message, MsgPack, Response
+from millstream import Message, MsgPack, Response, Retry
 from millstream.errors import DecodeError, EncodeError, RemoteError, SetupError
 from millstream.kafka import KafkaBroker
 from millstream.memory import MemoryBroker, MemoryRouter
@@ -174,6 +174,46 @@ async def test_answers() -> None:
         assert (caught.value.type, caught.value.text) == ("ValueError", "negative\nnumber")
         publisher = broker.publisher("double")
         assert await publisher.request(3, response_model=Model) == Model(id=6)
+
+
+async def test_an_answer_takes_the_options_of_its_response() -> None:
+    broker = MemoryBroker()
+    got: list[Any] = []
+
+    @broker.subscriber("in")
+    @broker.publisher("out")
+    async def handler(value: str) -> Response:
+        return Response(
+            value, headers={"a": "b"}, subject="elsewhere", content_type="text/x", reply_to="more"
+        )
+
+    @broker.subscriber("answers")
+    @broker.subscriber("out")
+    @broker.subscriber("elsewhere")
+    async def seen(value: str, message: Message[Any]) -> None:
+        more = (message.content_type, message.reply_to, message.headers["a"])
+        got.append((message.destination, *more))
+
+    async with TestBroker(broker) as running:
+        await running.publish("x", "in", reply_to="answers", correlation_id="c")
+        assert sorted(got) == [
+            ("answers", "text/x", "more", "b"),
+            ("elsewhere", "text/x", "more", "b"),
+        ]
+        answer = await running.request("x", "in", timeout=1)
+        assert (answer.content_type, answer.headers["a"]) == ("text/x", "b")
+
+
+async def test_an_unknown_option_of_an_answer_is_told_to_who_asked() -> None:
+    broker = MemoryBroker()
+
+    @broker.subscriber("in", retry=Retry(attempts=1))
+    async def handler(value: str) -> Response:
+        return Response(value, colour="red")
+
+    async with TestBroker(broker) as running:
+        with pytest.raises(RemoteError, match="Response has no option 'colour'"):
+            await running.request("x", "in", timeout=1)
 
 
 async def test_an_answer_is_read_by_the_codec_of_the_publisher_that_asked() -> None:
