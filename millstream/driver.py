@@ -171,6 +171,13 @@ class SubscriptionSpec(Spec, frozen=True, kw_only=True):
         return "at-least-once"
 
     @property
+    def buried(self) -> DeadLetter | msgspec.UnsetType | None:
+        """Where messages go that cannot be handled, as far as that is said."""
+        then = self.retry.then if self.retry is not None else None
+        named = then if isinstance(then, DeadLetter) else self.dead_letter
+        return DeadLetter(named) if isinstance(named, str) else named
+
+    @property
     def ack_wait(self) -> float | None:
         """Seconds until the broker delivers an unsettled message again; None for never."""
         return None

@@ -256,9 +256,12 @@ async def test_an_answer_takes_the_options_of_its_response(
         assert late is not None and await late.decode() == 2 and late.raw.retain
 
 
-async def test_dead_letters_are_retained_and_do_not_come_back(mqtt: Any, name: str) -> None:
+@pytest.mark.parametrize("named", [None, "dead"])
+async def test_dead_letters_are_retained_and_do_not_come_back(
+    mqtt: Any, name: str, named: str | None
+) -> None:
     got: list[str] = []
-    broker = MqttBroker(mqtt.url)
+    broker = MqttBroker(mqtt.url, **({"dead_letter": f"{name}/{named}"} if named else {}))
 
     @broker.subscriber(f"{name}/#", retry=Retry(attempts=1))
     async def handler(body: str, message: MqttMessage) -> None:
@@ -267,7 +270,7 @@ async def test_dead_letters_are_retained_and_do_not_come_back(mqtt: Any, name: s
 
     await broker.start()
     await broker.publish("x", f"{name}/a")
-    letters = broker.driver.letters(f"{name}/all/dlq")
+    letters = broker.driver.letters(f"{name}/{named or 'all/dlq'}")
     await eventually(lambda: broker.subscriptions[0].failing.dead_lettered == 1)
     [letter] = [one async for one in letters.read()]
     assert (letter.origin, letter.error, letter.message.body) == (f"{name}/a", "never", b"x")
