@@ -24,10 +24,14 @@ import msgspec
 
 from .app import Millstream
 from .broker import Broker
+from .codec import converter
 from .context import follow
 from .errors import ContextError, MillstreamError, SetupError
 from .logging import join_server
 from .params import MISSING, Context, Header, Marker
+from .runner import Getter
+from .signature import name_of
+from .values import guarded, of_context
 
 __all__ = ["AsgiApp", "AsgiFastStream", "AsgiResponse", "Header", "Query", "Request"]
 __all__ += ["get", "make_ping_asgi", "post"]
@@ -208,9 +212,10 @@ def _source(
         return lambda request: request
     if marker is None and name == "scope":
         return lambda request: request.scope
+    fallback = getattr(marker, "default", MISSING)
+    if fallback is MISSING and not isinstance(default, Marker):
+        fallback = default
     if isinstance(marker, Query | Header):
-        own = default if default is not MISSING and not isinstance(default, Marker) else MISSING
-        fallback = marker.default if marker.default is not MISSING else own
         kind = "query parameter" if isinstance(marker, Query) else "header"
         key = marker.name or (name if isinstance(marker, Query) else name.replace("_", "-"))
         key = key if isinstance(marker, Query) else key.lower()
@@ -229,33 +234,34 @@ def _source(
         return value
     if isinstance(marker, Context):
         path = marker.prefix + (marker.name or name)
-        return functools.partial(_from_context, path, marker.default)
+        found = _of_context(path, marker, fallback, annotation, name_of(function))
+        return lambda request: found(request, [])
     raise SetupError(
-        f"{function.__name__}: parameter {name!r} cannot be filled",
+        f"{name_of(function)}: parameter {name!r} cannot be filled",
         fix="annotate it with Request, Query(), Header(), Context() or Logger",
     )
 
 
-def _from_context(path: str, default: Any, request: Request) -> Any:
-    host: AsgiApp | None = request.scope.get("millstream.app")
-    if host is not None:
-        roots = {"app": host.app, "logger": host.app.logger, "context": host.app.context}
-        if host.app.broker is not None:
-            roots["broker"] = host.app.broker
-        root, *rest = path.split(".")
-        try:
-            if root in roots:
-                return follow(roots[root], rest, path)
-            return host.app.context.resolve(path)
-        except ContextError:
-            if default is MISSING:
-                raise
-    if default is not MISSING:
-        return default
-    raise SetupError(
-        f"{path!r} is not in the context of this request",
-        fix="route the handler through Millstream.as_asgi(routes=[...])",
-    )
+def _of_context(path: str, marker: Context, default: Any, annotation: Any, name: str) -> Getter:
+    """The getter of a handler's plan; its application is known only with the request."""
+    root, *rest = path.split(".")
+
+    def get(request: Request, values: list[Any]) -> Any:
+        host: AsgiApp | None = request.scope.get("millstream.app")
+        if host is None and default is MISSING:
+            raise SetupError(
+                f"{path!r} is not in the context of this request",
+                fix="route the handler through Millstream.as_asgi(routes=[...])",
+            )
+        if host is None:
+            raise ContextError(path)
+        app = host.app
+        own = {"app": app, "broker": app.broker, "logger": app.logger, "context": app.context}
+        if own.get(root) is not None:
+            return follow(own[root], rest, path)
+        return of_context(app.context, root, rest, path, marker.initial, name)(request, values)
+
+    return guarded(get, default, converter(annotation) if marker.cast else None)
 
 
 def make_ping_asgi(broker: Broker, timeout: float | None = None, **documents: Any) -> ASGIApp:

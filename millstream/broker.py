@@ -10,6 +10,7 @@ from typing import Any, Self, Unpack, cast
 
 import msgspec
 
+from .checks import caller, known_options, not_taken
 from .clock import Clock, LoopClock
 from .connection import Connection
 from .context import ContextRepo
@@ -18,9 +19,7 @@ from .endpoints import (
     Endpoints,
     EndpointsOptions,
     Scope,
-    caller,
     default_scope,
-    known_options,
 )
 from .errors import NotConnected, SetupError, StateError, raise_all
 from .log import default_logger, log_line, silent_logger
@@ -226,11 +225,17 @@ class Broker(Endpoints):
 
         Raises:
             ExceptionGroup: some failed; the others are published.
+            SetupError: an option is unknown; nothing is published.
         """
         if self._send is None:
             raise self._not_connected("publish")
-        command = self.driver.command
-        return await send_all(self._send, [command(message=m, **options) for m in messages])
+        kind = self.driver.command
+        try:
+            commands = [kind(message=m, **options) for m in messages]
+        except TypeError as error:
+            owner = f"{type(self).__qualname__}.publish_batch"
+            raise not_taken(options, kind, owner, error) from error
+        return await send_all(self._send, commands)
 
     # Declarations
 

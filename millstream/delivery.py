@@ -130,23 +130,18 @@ class Delivery:
         if not replies and len(publications) == 1:
             return publications[0].result
         send = sender(self.broker, site.codec, self.scope.middlewares)
-        command_type = self.broker.driver.command
+        kind = self.broker.driver.command
 
         async def respond(message: Message[Any], result: Any) -> None:
             for publication in publications:
                 await publication.result(message, result)
-            if replies:
-                reply_to = message.reply_to
-                if reply_to:
-                    command = command_type()
-                    command.destination = reply_to
-                    command.message = result
-                    command.correlation_id = message.known_correlation_id
-                    if isinstance(result, Response):
-                        command.message = result.body
-                        command.headers = dict(result.headers) if result.headers else None
-                        command.correlation_id = result.correlation_id or command.correlation_id
-                    await send(command)
+            if replies and message.reply_to:
+                if isinstance(result, Response):
+                    command = result.command(kind)
+                else:
+                    command = kind(message=result)
+                command.answer(message)
+                await send(command)
 
         return respond
 

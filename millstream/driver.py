@@ -171,6 +171,13 @@ class SubscriptionSpec(Spec, frozen=True, kw_only=True):
         return "at-least-once"
 
     @property
+    def buried(self) -> DeadLetter | msgspec.UnsetType | None:
+        """Where messages go that cannot be handled, as far as that is said."""
+        then = self.retry.then if self.retry is not None else None
+        named = then if isinstance(then, DeadLetter) else self.dead_letter
+        return DeadLetter(named) if isinstance(named, str) else named
+
+    @property
     def ack_wait(self) -> float | None:
         """Seconds until the broker delivers an unsettled message again; None for never."""
         return None
@@ -262,6 +269,12 @@ class PublishCommand(msgspec.Struct, kw_only=True):
     @body.setter
     def body(self, value: Any) -> None:
         self.message = value
+
+    def answer(self, message: Message[Any]) -> None:
+        """Make it the answer to a message: it goes where that wants it, whatever it said before."""
+        self.destination = message.reply_to
+        if self.correlation_id is None:
+            self.correlation_id = message.known_correlation_id
 
 
 #: Takes one raw message; the driver awaits it, and that wait is the back-pressure.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -20,13 +19,13 @@ from typing import (
 import msgspec
 
 from .ack import AckPolicy
+from .checks import caller, check_types, known_options, not_taken
 from .codec import JSON, Codec
 from .driver import PublicationSpec, PublishCommand, SubscriptionSpec
 from .errors import SetupError, StateError
 from .params import Depends
 from .publisher import Publisher
 from .retry import DeadLetter, Retry
-from .signature import user_frame
 from .subscriber import Subscriber
 
 if TYPE_CHECKING:
@@ -59,12 +58,16 @@ class Method(Generic[P, R_co]):
         if obj is None:
             return self
         build, use = self.build, getattr(obj, self.use)
+        name = f"{type(obj).__qualname__}.{self.name}"
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return use(build(*args, **kwargs))
+            try:
+                value = build(*args, **kwargs)
+            except TypeError as error:
+                raise not_taken(kwargs, self.options, name, error) from error
+            return use(value)
 
-        call.__name__ = self.name
-        call.__qualname__ = f"{type(obj).__qualname__}.{self.name}"
+        call.__name__, call.__qualname__ = self.name, name
         call.__doc__ = self.options.__doc__
         call.__wrapped__ = self.options  # type: ignore[attr-defined]  # inspect finds the signature
         if getattr(type(obj), self.name) is self:  # a subclass may have a method of its own
@@ -96,106 +99,16 @@ def make(options: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """An options value from a user's arguments, whose types are checked.
 
     Raises:
-        SetupError: an argument is unknown, missing or of the wrong type.
+        SetupError: an argument is of the wrong type.
+        TypeError: one is unknown or missing.
     """
-    name = getattr(options, "__name__", str(options))
     try:
         spec = options(*args, **kwargs)
-    except TypeError as error:
-        fix = next((INSTEAD[key] for key in kwargs if key in INSTEAD), "")
-        raise SetupError(f"{name}: {error}", code="MS120", where=caller(), fix=fix) from error
     except SetupError as error:
         error.where = error.where or caller()
         raise
-    check_types(spec, name)
+    check_types(spec, getattr(options, "__name__", str(options)))
     return spec
-
-
-#: Options of other frameworks that are none here, and what does their work.
-INSTEAD = {
-    **dict.fromkeys(
-        ("key_serializer", "value_serializer", "serializer"),
-        "codec= writes bodies; a key is text or bytes",
-    ),
-    **dict.fromkeys(
-        ("key_deserializer", "value_deserializer"),
-        "codec= or decoder= reads bodies; message.key is the key's bytes",
-    ),
-    **dict.fromkeys(
-        ("auto_commit", "enable_auto_commit"),
-        "leave it out; ack_policy=AckPolicy.ACK_FIRST settles before the handler",
-    ),
-    "apply_types": "leave it out; what is not annotated is not converted",
-    "id_generator": "leave it out; publish(correlation_id=...) sets one",
-    "log_level": "leave it out; set the level of the logger 'millstream'",
-    "provider": "broker.dependency_overrides",
-    **dict.fromkeys(
-        ("protocol", "protocol_version", "specification_url", "underlying_driver_annotations"),
-        "leave it out",
-    ),
-}
-
-
-def check_types(spec: Any, name: str) -> None:
-    """Raise a :class:`SetupError` for a field that is not of its plain type."""
-    for field, wanted in _plain_fields(type(spec)):
-        value = getattr(spec, field)
-        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-            expected = " or ".join("None" if k is type(None) else k.__name__ for k in wanted)
-            raise SetupError(
-                f"{name}: {field}={value!r} is {type(value).__name__}, not {expected}",
-                code="MS121",
-                where=caller(),
-            )
-
-
-_checked: dict[type, list[tuple[str, Any]]] = {}
-_PLAIN: dict[str, type] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "bytes": bytes,
-    "None": type(None),
-    "Retry": Retry,
-}
-
-
-def _plain_fields(spec: type) -> list[tuple[str, Any]]:
-    """The fields whose annotations are plain enough for ``isinstance``."""
-    if spec not in _checked:
-        annotations: dict[str, Any] = {}
-        for kind in reversed(spec.__mro__):
-            annotations.update(vars(kind).get("__annotations__", {}))
-        fields: list[tuple[str, Any]] = []
-        for field in getattr(spec, "__struct_fields__", ()):
-            names = str(annotations.get(field, "")).split(" | ")
-            if all(name in _PLAIN for name in names):
-                kinds = tuple(_PLAIN[name] for name in names)
-                fields.append((field, (*kinds, int) if float in kinds else kinds))
-        _checked[spec] = fields
-    return _checked[spec]
-
-
-def caller() -> str:
-    """The user's line that is being run, as ``file:line``."""
-    frame = user_frame()
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def known_options(options: Mapping[str, Any], kind: type, owner: str) -> None:
-    """Raise a SetupError for an option that the TypedDict ``kind`` does not have."""
-    names = kind.__annotations__
-    for name in options:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            fix = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(sorted(names))}"
-            raise SetupError(
-                f"{owner} has no option {name!r}",
-                code="MS120",
-                where=caller(),
-                fix=INSTEAD.get(name, fix),
-            )
 
 
 class EndpointsOptions(TypedDict, total=False):

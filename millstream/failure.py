@@ -77,18 +77,10 @@ class Failures:
             delayed = Capability.NACK_DELAY in can and spec.ordered_by is None
             where = "broker" if delayed else "lane"
         self.retry_here = self.retries and where == "lane"
-        named = scope.dead_letter if spec.dead_letter is msgspec.UNSET else spec.dead_letter
-        then = self.retry.then
-        if isinstance(then, DeadLetter):
-            named = then
-        self.dead_letter: DeadLetter | None
-        if named is msgspec.UNSET:
-            wanted = self.policy is AckPolicy.RETRY and Capability.NACK in can
-            self.dead_letter = DeadLetter() if wanted and not isinstance(then, Settlement) else None
-        elif isinstance(named, str):
-            self.dead_letter = DeadLetter(named)
-        else:
-            self.dead_letter = named
+        then, said = self.retry.then, spec.buried
+        wanted = self.policy is AckPolicy.RETRY and Capability.NACK in can
+        by_default = DeadLetter() if wanted and not isinstance(then, Settlement) else None
+        self.dead_letter = by_default if isinstance(said, msgspec.UnsetType) else said
         self.last_resort = then if isinstance(then, Settlement) else _REJECT
 
     def check(self) -> None:
@@ -421,16 +413,14 @@ class Failures:
         """Tell who waits for an answer that there will be none."""
         if Capability.REPLY not in self.spec.capabilities or self.spec.no_reply or self.spec.batch:
             return
-        reply_to = message.reply_to
-        if not reply_to:
+        if not message.reply_to:
             return
         command = self.broker.driver.command()
-        command.destination = reply_to
+        command.answer(message)
         command.timeout = self.broker.publish_timeout
         headers = {"ms-error": one_line(str(error)[:2000]), "ms-error-type": type(error).__name__}
-        correlation_id = message.known_correlation_id
-        if correlation_id:
-            headers["correlation_id"] = correlation_id
+        if command.correlation_id:
+            headers["correlation_id"] = command.correlation_id
         await self.broker.driver.publish(command, b"", headers)
 
     def log(self, message: Message[Any], error: BaseException, outcome: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from .checks import not_taken
 from .driver import PublicationSpec, PublishCommand
 from .errors import NotConnected
 from .message import Message, current
@@ -24,7 +25,7 @@ R = TypeVar("R")
 
 @dataclass(init=False, repr=False, eq=False)
 class Response:
-    """A handler's result with metadata.
+    """A handler's result with metadata, for what is published and for the answer to a request.
 
     Args:
         body: what is published; None publishes an empty body, where a bare None publishes
@@ -32,6 +33,8 @@ class Response:
         headers: sent along.
         correlation_id: instead of the incoming message's.
         options: further arguments of the broker's ``publish``; None leaves it to the publisher.
+            An answer takes them as well, but for those that say where a message goes: it goes
+            where it is wanted.
     """
 
     body: Any = None
@@ -57,8 +60,20 @@ class Response:
 
     def arguments(self) -> dict[str, Any]:
         """What is said besides the body, as arguments of the broker's ``publish``."""
-        given = {"headers": self.headers, "correlation_id": self.correlation_id}
+        headers = dict(self.headers) if self.headers is not None else None
+        given = {"headers": headers, "correlation_id": self.correlation_id}
         return self.options | {name: value for name, value in given.items() if value is not None}
+
+    def command(self, kind: type[PublishCommand]) -> PublishCommand:
+        """The same as a broker's command.
+
+        Raises:
+            SetupError: the broker's ``publish`` has no option of one of these names.
+        """
+        try:
+            return kind(message=self.body, **self.arguments())
+        except TypeError as error:
+            raise not_taken(self.options, kind, type(self).__name__, error) from error
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.body!r})"
@@ -106,12 +121,20 @@ class Publication:
             self.request.ask = broker.probe.sending(publisher, codec, self.request.ask)
 
     def make(self, message: Any, overrides: Mapping[str, Any]) -> PublishCommand:
-        """The command for one message; headers are added to the declared ones."""
+        """The command for one message; headers are added to the declared ones.
+
+        Raises:
+            SetupError: there is no option of one of these names.
+        """
         values = {**self.defaults, **overrides}
         declared, given = self.defaults.get("headers"), overrides.get("headers")
         if declared:
             values["headers"] = {**declared, **(given or {})}
-        return self.command(message=message, **values)
+        try:
+            return self.command(message=message, **values)
+        except TypeError as error:
+            owner = f"publishing to {self.spec.destination!r}"
+            raise not_taken(overrides, self.command, owner, error) from error
 
     async def all(self, message: Any, overrides: Mapping[str, Any]) -> Sequence[Any]:
         """Publish each item of a list by itself, all at once and in order.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Never, ParamSpec, TypeVar, overload
 
 from . import watchdog
+from .checks import unknown_option
 from .driver import SubscriptionSpec
 from .errors import SetupError, StateError
 from .message import Message
@@ -176,13 +177,19 @@ class Subscriber:
     async def __aexit__(self, *exc: object) -> None:
         await self.stop()
 
-    async def get_one(self, *, timeout: float = 5.0) -> Message[Any] | None:
+    async def get_one(self, *, timeout: float = 5.0, **unknown: Never) -> Message[Any] | None:
         """The next message, or None after ``timeout`` seconds; settle it yourself.
 
         Only for a subscriber without handlers. The subscription is opened by the first call
         unless ``start`` has done that; what was fetched and not taken is handed back when it
         stops.
+
+        Raises:
+            StateError: it has a handler, or belongs to no broker that is connected.
+            SetupError: the declaration is wrong, or there is no such option.
         """
+        for name in unknown:
+            raise unknown_option(name, ["timeout"], "get_one")
         reader = await self._open_reader()
         return await reader.take(timeout)
 

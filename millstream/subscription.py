@@ -85,8 +85,11 @@ class Subscription:
         self.subscriber, self.scope, self.broker = subscriber, scope, broker
         spec = subscriber.spec
         self.spec: SubscriptionSpec = spec.prefixed(scope.prefix) if scope.prefix else spec
-        if self.spec.retry is None and scope.retry is not None:  # drivers see what holds
+        # Drivers see what holds.
+        if self.spec.retry is None and scope.retry is not None:
             self.spec = msgspec.structs.replace(self.spec, retry=scope.retry)
+        if self.spec.dead_letter is msgspec.UNSET and scope.dead_letter is not msgspec.UNSET:
+            self.spec = msgspec.structs.replace(self.spec, dead_letter=scope.dead_letter)
         handlers = subscriber.handlers
         self.name = handlers[0].name if handlers else "(no handler)"
         self.where = handlers[0].where if handlers else ""

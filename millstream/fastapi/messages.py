@@ -336,9 +336,8 @@ async def _answer(message: Message[Any], site: Site, response: Response) -> None
     if spec is None or spec.no_reply or spec.batch is not None or not message.reply_to:
         return
     command = broker.driver.command()
-    command.destination = message.reply_to
     command.message = bytes(response.body)
-    command.correlation_id = message.known_correlation_id
+    command.answer(message)
     await broker._publish(command)
 
 

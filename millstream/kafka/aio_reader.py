@@ -103,7 +103,9 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
         else:
             if any(topic.startswith("^") for topic in plan.topics):
                 some = [t if t.startswith("^") else f"^{re.escape(t)}$" for t in plan.topics]
-                self._consumer.subscribe(pattern="|".join(some), listener=self)
+                without = "|".join(map(re.escape, plan.without))
+                pattern = f"(?!(?:{without})$)(?:{'|'.join(some)})" if without else "|".join(some)
+                self._consumer.subscribe(pattern=pattern, listener=self)
             else:
                 self._consumer.subscribe(plan.topics, listener=self)
             self.trust()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..address import AddressSyntax
 from ..base import BaseDriver, Questions, disconnected, not_yet_connected
+from ..checks import check_types
 from ..driver import Intake, PublishCommand, Sink, Spec, SubscriptionSpec
-from ..endpoints import check_types
 from ..errors import (
     ConnectError,
     Fenced,
@@ -23,7 +23,7 @@ from ..errors import (
 from ..message import Message, new_id
 from .client import Broken, Client
 from .flow import Flow, log
-from .letters import KafkaLetters, letters_of
+from .letters import KafkaLetters, left_out, letters_of
 from .message import KafkaMessage, Record, RecordMetadata, Send
 from .offsets import Place
 from .options import (
@@ -221,7 +221,7 @@ class KafkaDriver(BaseDriver):
             listed = [*(t.name for t in spec.topic_list), *names(spec)]
         refresh = self.refresh or (REFRESH if spec.wild or group is None else 30.0)
         parts = [(Place(p.topic, p.partition), p.offset) for p in spec.partitions]
-        return Plan(spec, listed, group, begin, parts, refresh)
+        return Plan(spec, listed, group, begin, parts, refresh, left_out(spec))
 
     async def subscribe(
         self, spec: SubscriptionSpec, sink: Sink, lost: Callable[[Exception], None]

@@ -13,9 +13,12 @@ import re
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from ..errors import NoLetters, NoResponders, SetupError
 from ..letters import Letter
 from ..message import Link
+from ..retry import DeadLetter
 from .client import Broken
 from .message import KafkaMessage, Record
 from .offsets import Place
@@ -27,19 +30,39 @@ if TYPE_CHECKING:
 
 
 def check_letters(subscription: Subscription) -> None:
-    """Raise a :class:`SetupError` for a pattern that would read its own dead letters."""
-    spec, dead_letter = subscription.spec, subscription.failing.dead_letter
+    """Raise a :class:`SetupError` for a pattern that would read its own dead letters.
+
+    Only the cluster's brokers do so, where they choose the topics; other clients leave them out.
+    """
+    spec = subscription.spec
     assert isinstance(spec, KafkaSubscription)
-    if dead_letter is None or spec.group_id is None:
+    chosen = spec.group_protocol == "consumer" and spec.group_id is not None
+    if not chosen or subscription.failing.dead_letter is None:
         return
-    topic = dead_letter.destination or letters_of(spec)
-    if spec.covers(topic):
+    for topic in left_out(spec):
         raise SetupError(
             f"{spec.destination!r} takes {topic!r} too, where its own dead letters go: each would "
-            "fail again without end",
+            "fail again without end; with group_protocol='consumer' it cannot be said which topics "
+            "a pattern does not take",
             where=subscription.where,
-            fix="a narrower pattern, or dead_letter=, a topic that it does not take, or None",
+            fix="group_protocol='classic', a narrower pattern, or dead_letter=, a topic that it "
+            "does not take, or None",
         )
+
+
+def left_out(spec: KafkaSubscription) -> list[str]:
+    """The topics that a pattern would take and is not to: its own dead letters and their marks."""
+    letter = spec.buried
+    if letter is None or (letter is msgspec.UNSET and spec.group_id is None):
+        return []
+    named = letter.destination if isinstance(letter, DeadLetter) else None
+    topic = named or letters_of(spec)
+    return [name for name in (topic, marks_of(topic)) if spec.covers(name)]
+
+
+def marks_of(topic: str) -> str:
+    """Where it is marked which dead letters of a topic are removed."""
+    return f"{topic}.removed"
 
 
 def letters_of(spec: KafkaSubscription) -> str:
@@ -56,7 +79,7 @@ class KafkaLetters:
 
     def __init__(self, driver: KafkaDriver, topic: str) -> None:
         self.driver, self.topic = driver, topic
-        self.marks = f"{topic}.removed"
+        self.marks = marks_of(topic)
         self._link = Link(driver, None)
 
     async def _removed(self) -> set[str]:

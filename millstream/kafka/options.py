@@ -170,7 +170,8 @@ class KafkaOptions(SubscriptionSpec, frozen=True, kw_only=True):
             offsets say what is done. Without one every process reads everything from now on, and
             nothing is settled.
         pattern: instead of topics: a regular expression of their whole names, with
-            ``{placeholders}``.
+            ``{placeholders}``. The topic of its own dead letters is never among them; with
+            ``group_protocol="consumer"`` a pattern that takes it is an error.
         partitions: instead of topics: these partitions, whoever else reads them.
         ordered_by: as everywhere, and ``by_key`` (the default of a concurrent subscription) or
             ``by_partition``.

@@ -88,6 +88,7 @@ class Plan(msgspec.Struct, frozen=True):
         begin: ``earliest`` or ``latest``.
         partitions: exactly these, with where to begin.
         refresh: seconds between two looks for new topics and partitions.
+        without: topics that the regular expression takes and that are not read.
     """
 
     spec: KafkaSubscription
@@ -96,11 +97,13 @@ class Plan(msgspec.Struct, frozen=True):
     begin: str
     partitions: Sequence[tuple[Place, int]] = ()
     refresh: float = 30.0
+    without: Sequence[str] = ()
 
     def wants(self, name: str) -> bool:
         """Whether a topic is among those that are read."""
         if self.topics[0].startswith("^"):
-            return not name.startswith("__") and re.match(self.topics[0], name) is not None
+            hidden = name.startswith("__") or name in self.without
+            return not hidden and re.match(self.topics[0], name) is not None
         return name in self.topics
 
 
@@ -166,6 +169,9 @@ class Reader:
         if plan.topics[:1] and plan.topics[0].startswith("^") and spec.exclude_internal_topics:
             settings["topic.blacklist"] = "^__"
         self.settings = {**settings, **client.config, **(spec.config or {})}
+        if plan.without:
+            hidden = [self.settings.get("topic.blacklist"), *map(_exactly, plan.without)]
+            self.settings["topic.blacklist"] = ",".join(filter(None, hidden))
         self.incremental = spec.group_protocol == "consumer" or "cooperative" in str(
             self.settings.get("partition.assignment.strategy", "")
         )
@@ -546,6 +552,11 @@ def _answer(future: asyncio.Future[Any], result: Any, problem: Broken | None) ->
 def _seen(future: asyncio.Future[Any]) -> None:
     if not future.cancelled():
         future.exception()
+
+
+def _exactly(topic: str) -> str:
+    """A regular expression of librdkafka's for one topic."""
+    return "^" + topic.replace(".", r"\.") + "$"
 
 
 def _strategy(strategy: Any) -> str:

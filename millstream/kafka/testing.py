@@ -12,7 +12,7 @@ from ..memory import MemoryDriver
 from ..memory.bus import Delivery, Source
 from ..message import Message
 from ..testing import Bs, TestBroker
-from .letters import letters_of
+from .letters import left_out, letters_of
 from .message import KafkaMessage, Record, RecordMetadata
 from .options import SYNTAX, KafkaPublish, KafkaSubscription, Topic
 from .units import unit_of
@@ -50,12 +50,13 @@ class KafkaMemoryDriver(MemoryDriver):
         assert isinstance(spec, KafkaSubscription)
         patterns = tuple(spec.destination.split(",")) if not spec.wild else (spec.destination,)
         begin = spec.auto_offset_reset or ("latest" if spec.group_id is None else "earliest")
-        replay = "all" if begin == "earliest" else "none"
+        replay, without = "all" if begin == "earliest" else "none", tuple(left_out(spec))
         if spec.group_id is None:
             kept = spec.destination if replay == "all" else ""
-            return Source(patterns=patterns, kept=kept, replay=replay)
+            return Source(patterns=patterns, kept=kept, replay=replay, without=without)
         return Source(
             patterns=patterns,
+            without=without,
             kept=spec.destination,
             durable=f"{spec.destination}/{spec.group_id}",
             ack_wait=math.inf,

@@ -59,9 +59,11 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
             ``none``, ``last`` (the newest) or ``latest`` (the newest of each address).
         kept: the log that keeps the messages, settled or not; the store then takes only what
             the log does.
+        without: addresses that the patterns take and that it does not.
     """
 
     patterns: tuple[str, ...]
+    without: tuple[str, ...] = ()
     group: str = ""
     durable: str = ""
     ack_wait: float | None = None
@@ -137,8 +139,10 @@ class Store:
         self.members: list[MemoryIntake] = []
 
     def wants(self, destination: str) -> bool:
-        return matches(self.addresses, destination) and (
-            self.log is None or matches(self.log, destination)
+        return (
+            matches(self.addresses, destination)
+            and (self.log is None or matches(self.log, destination))
+            and destination not in self.source.without
         )
 
     @property

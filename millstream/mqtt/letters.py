@@ -40,12 +40,10 @@ def letter_id() -> str:
 
 
 def dead_letters_of(spec: SubscriptionSpec) -> str:
-    """The address of a subscription's dead letters, unless its router names another."""
-    given = spec.dead_letter
-    if isinstance(given, DeadLetter):
-        given = given.destination
-    if isinstance(given, str):
-        return given
+    """The address of a subscription's dead letters."""
+    letter = spec.buried
+    if isinstance(letter, DeadLetter) and letter.destination:
+        return letter.destination
     words = {"+": "any", "#": "all"}
     levels = (words.get(level, level.strip("{}")) for level in spec.destination.split("/"))
     return "/".join((*levels, "dlq"))

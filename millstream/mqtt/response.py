@@ -20,7 +20,7 @@ class MqttResponse(Response):
         headers: sent along.
         correlation_id: instead of the incoming message's.
         qos: instead of the publisher's.
-        retain: the same.
+        retain: the same; an answer is kept as well, under the topic where it is wanted.
         expiry: the same.
     """
 

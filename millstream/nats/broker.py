@@ -13,6 +13,7 @@ from nats.js.kv import KeyValue
 from nats.js.object_store import ObjectStore
 
 from ..broker import Broker, BrokerOptions, split_options
+from ..checks import known_options
 from ..endpoints import (
     Endpoints,
     Route,
@@ -20,7 +21,6 @@ from ..endpoints import (
     Router,
     asks,
     declares,
-    known_options,
     produces,
     sends,
 )

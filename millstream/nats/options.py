@@ -415,6 +415,10 @@ class NatsPublish(NatsPublishOptions):
     message: Any = None
     subject: str = ""
 
+    def answer(self, message: Message[Any]) -> None:
+        super().answer(message)
+        self.stream = self.message_id = self.schedule = None  # no stream stores it
+
     @property
     def stored(self) -> bool:
         """Whether a stream has to confirm it."""

@@ -19,9 +19,9 @@ class NatsResponse(Response):
         body: what is published.
         headers: sent along.
         correlation_id: instead of the incoming message's.
-        stream: the stream that has to confirm it.
+        stream: the stream that has to confirm it; no stream stores an answer.
         message_id: the stream stores one message of this id.
-        schedule: deliver it later.
+        schedule: the stream delivers it later.
     """
 
     stream: str | JStream | None = None

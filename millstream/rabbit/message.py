@@ -36,12 +36,6 @@ _UNUSUAL = frozenset({REPLAY_TO, DELIVERIES, "x-death"})
 _EMPTY: dict[str, Any] = {}
 
 
-class ReplyAddress(str):
-    """Where an answer goes; whoever asked may be gone, which is no error."""
-
-    __slots__ = ()
-
-
 class Delivery(msgspec.Struct, gc=False):
     """What pika hands over.
 
@@ -118,7 +112,7 @@ class RabbitMessage(Message[Delivery]):
 
     @property
     def reply_to(self) -> str:
-        return ReplyAddress(self.raw.properties.reply_to or "")
+        return self.raw.properties.reply_to or ""
 
     @property
     def content_type(self) -> str | None:

@@ -11,12 +11,12 @@ import msgspec
 from pika.data import encode_table
 
 from ..address import AddressSyntax
+from ..checks import caller
 from ..driver import Bindings, Capability, PublicationSpec, PublishCommand, SubscriptionSpec
-from ..endpoints import caller
 from ..errors import CapabilityError, SetupError
 from ..message import Message
 from .connection import UNWRITABLE
-from .message import RabbitMessage, RabbitStreamMessage, ReplyAddress
+from .message import RabbitMessage, RabbitStreamMessage
 
 #: `*` is one word, `#` any number of them, none included (rabbitmq.com, Topic exchanges).
 SYNTAX = AddressSyntax(separator=".", one="*", rest="#", rest_empty=True, rest_anywhere=True)
@@ -405,9 +405,11 @@ class RabbitPublish(RabbitMessageOptions):
     @destination.setter
     def destination(self, value: str) -> None:
         # What the core sends by itself (answers, dead letters) goes to a queue.
-        self.routing_key, self.exchange = value, ""
-        if type(value) is ReplyAddress:
-            self.mandatory = False
+        self.routing_key, self.queue, self.exchange = value, "", ""
+
+    def answer(self, message: Message[Any]) -> None:
+        super().answer(message)
+        self.mandatory = False  # who asked may have given up
 
 
 class RabbitRequest(RabbitPublish, kw_only=True):

@@ -20,10 +20,9 @@ class RabbitResponse(Response):
         body: what is published.
         headers: sent along.
         correlation_id: instead of the incoming message's.
-        exchange: instead of the publisher's.
-        queue: instead of the publisher's.
-        routing_key: instead of the publisher's.
-        reply_to, mandatory, immediate, persist, priority, expiration, message_id, timestamp,
+        exchange, queue, routing_key, mandatory: instead of the publisher's; an answer goes where it
+            is wanted, and is no error where nobody waits for it any more.
+        reply_to, immediate, persist, priority, expiration, message_id, timestamp,
             message_type, content_type, content_encoding, user_id, app_id, timeout: as of
             :meth:`RabbitBroker.publish`.
     """

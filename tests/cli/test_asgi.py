@@ -220,7 +220,7 @@ async def test_ping(broker: MemoryBroker) -> None:
 
 async def test_handlers_take_what_they_name(broker: MemoryBroker) -> None:
     app = Millstream(broker)
-    app.context.set_global("settings", {"tenant": "acme"})
+    app.context.set_global("settings", {"tenant": "acme", "level": "3"})
 
     @get
     async def find(
@@ -236,8 +236,13 @@ async def test_handlers_take_what_they_name(broker: MemoryBroker) -> None:
         broker_: Annotated[Any, Context("broker")] = None,
         timeout: Annotated[float, Context("broker.request_timeout")] = 0.0,
         unknown: Annotated[str, Context("broker.nothing", default="none")] = "",
+        made: Annotated[list[int], Context("made", initial=list)] = [],  # noqa: B006
+        level: Annotated[int, Context("settings.level", cast=True)] = 0,
+        plain: Annotated[str, Context("settings.nothing")] = "plain",
     ) -> AsgiResponse:
-        assert (timeout, unknown) == (5.0, "none")
+        assert (timeout, unknown, level, plain) == (5.0, "none", 3, "plain")
+        made.append(limit)
+        assert app.context.get("made") is made
         assert request.method == "GET" and request.path == scope["path"] and broker_ is app.broker
         logger.info("asked")
         found = [limit, page, flag, user_agent, tenant, missing]
@@ -280,9 +285,17 @@ async def test_context_outside_of_an_application_is_an_error(broker: MemoryBroke
     def shows(value: Annotated[str, Context("settings")]) -> AsgiResponse:
         return AsgiResponse()
 
+    @get
+    def needs_none(
+        value: Annotated[int, Context("settings", default="none", cast=True)],
+    ) -> AsgiResponse:
+        return AsgiResponse(str(value).encode())
+
     async with client(shows) as http:
         with pytest.raises(SetupError, match="as_asgi"):
             await http.get("/")
+    async with client(needs_none) as http:
+        assert (await http.get("/")).text == "none"
     async with started(AsgiApp(broker, routes=[("/", shows)])) as http:
         with pytest.raises(KeyError):
             await http.get("/")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, Producer
+from confluent_kafka.admin import AdminClient
 
 from millstream import Batch, BatchFailed, Response, Retry
 from millstream.errors import MessageTooLarge, PublishError, SetupError, SetupErrors, StateError
@@ -21,10 +22,12 @@ from millstream.kafka import (
     KafkaMessage,
     KafkaPublishMessage,
     KafkaResponse,
+    TestKafkaBroker,
     Topic,
     TopicPartition,
     by_partition,
 )
+from millstream.letters import replay
 from tests.helpers import eventually, eventually_sync, unique
 
 
@@ -539,6 +542,38 @@ async def test_several_topics_and_results_with_keys(kafka: Any) -> None:
         await broker.stop()
 
 
+@pytest.mark.parametrize("client", ["confluent", "aiokafka"])
+async def test_an_answer_takes_the_options_of_its_response(kafka: Any, client: Any) -> None:
+    topic, answers = unique(), unique()
+    broker = make(kafka, client=client)
+    got: list[KafkaMessage] = []
+
+    @broker.subscriber(topic, group_id=topic)
+    async def handler(body: int) -> Any:
+        if body == 2:
+            return KafkaPublishMessage("two", key="k2")
+        return KafkaResponse(
+            None, headers={"a": "b"}, key="k", partition=2, timestamp_ms=1_700_000_000_000
+        )
+
+    @broker.subscriber(Topic(answers, 3), group_id=topic)
+    async def answered(message: KafkaMessage) -> None:
+        got.append(message)
+
+    await broker.start()
+    try:
+        await broker.publish(1, topic, reply_to=answers, correlation_id="c")
+        await eventually(lambda: got, 20)
+        assert (got[0].key, got[0].partition, got[0].is_tombstone) == (b"k", 2, True)
+        assert (got[0].headers["a"], got[0].correlation_id) == ("b", "c")
+        assert got[0].timestamp is not None and got[0].timestamp.timestamp() == 1_700_000_000
+        await broker.publish(2, topic, reply_to=answers)
+        await eventually(lambda: len(got) == 2)
+        assert (got[1].body, got[1].key) == (b"two", b"k2")
+    finally:
+        await broker.stop()
+
+
 def test_what_is_wrong_is_said_at_once(kafka: Any) -> None:
     broker = make(kafka)
 
@@ -575,7 +610,14 @@ def test_what_is_wrong_is_said_at_once(kafka: Any) -> None:
         ({"config": {"enable.auto.commit": True}}, "when their messages are handled"),
         ({"value_deserializer": bytes.decode}, "decoder= reads bodies"),
         ({"topics": (), "pattern": "(?!a).*"}, "neither flags nor looking ahead"),
-        ({"topics": (), "pattern": r"orders\..*"}, "where its own dead letters go"),
+        (
+            {"topics": (), "pattern": r"orders\..*", "group_protocol": "consumer"},
+            "fix: group_protocol='classic', a narrower pattern, or dead_letter=",
+        ),
+        (
+            {"topics": "orders.{region}", "group_protocol": "consumer", "dead_letter": "orders.x"},
+            "'orders.{region}' takes 'orders.x' too, where its own dead letters go",
+        ),
         (
             {"topics": (), "pattern": ".*", "group_protocol": "consumer", "dead_letter": None},
             "takes the cluster's own topics",
@@ -749,6 +791,149 @@ async def test_a_pattern_means_the_same_everywhere(kafka: Any, client: str, prot
         assert sorted(got) == [".7.us", ".a-1.eu"]
     finally:
         await broker.stop()
+
+
+@pytest.mark.parametrize("client", ["confluent", "aiokafka"])
+@pytest.mark.parametrize("dead_letter", [None, "dead-1"])
+async def test_a_pattern_takes_none_of_its_own_dead_letters(
+    kafka: Any, client: Any, dead_letter: str | None
+) -> None:
+    prefix = unique()
+    dead = f"{prefix}.{dead_letter or 'any.dlq'}"
+    options = {"dead_letter": dead} if dead_letter is not None else {}
+    got, healed = list[tuple[str, Any]](), False
+
+    def application() -> KafkaBroker:
+        broker = make(kafka, client=client, **options)
+
+        @broker.subscriber(
+            pattern=rf"{prefix}\..*", group_id=prefix, retry=Retry(attempts=2, delay=0.01)
+        )
+        async def handler(body: str, message: KafkaMessage) -> None:
+            got.append((message.destination, body))
+            if not healed:
+                raise ValueError("not yet")
+
+        return broker
+
+    broker = application()
+    await broker.start()
+    try:
+        await broker.publish("bad", f"{prefix}.a")
+        letters = broker.driver.letters(dead)
+        await eventually(lambda: broker.subscriptions[0].failing.dead_lettered == 1, 20)
+        assert got == [(f"{prefix}.a", "bad")] * 2
+        healed = True
+        [letter] = [letter async for letter in letters.read()]
+        assert (letter.origin, letter.message.body) == (f"{prefix}.a", b"bad")
+        assert await replay(letters, letter)
+        await eventually(lambda: len(got) == 3)
+        # What is seen of the cluster now was made after the dead letters and their marks.
+        await broker.publish("late", f"{prefix}.late")
+        await eventually(lambda: len(got) == 4, 20)
+        assert got[2:] == [(f"{prefix}.a", "bad"), (f"{prefix}.late", "late")]
+        assert {dead, f"{dead}.removed"} <= await kafka_topics(kafka)
+        assert await shared_out(kafka, prefix) == {f"{prefix}.a", f"{prefix}.late"}
+    finally:
+        await broker.stop()
+    broker = application()
+    await broker.start()
+    try:
+        await broker.publish("after", f"{prefix}.a")
+        await eventually(lambda: len(got) == 5, 20)
+        assert await shared_out(kafka, prefix) == {f"{prefix}.a", f"{prefix}.late"}
+    finally:
+        await broker.stop()
+    assert got[4:] == [(f"{prefix}.a", "after")]
+
+
+async def kafka_topics(kafka: Any) -> set[str]:
+    admin = AdminClient({"bootstrap.servers": kafka.url})
+    return set((await asyncio.to_thread(admin.list_topics, timeout=5)).topics)
+
+
+async def shared_out(kafka: Any, group: str) -> set[str]:
+    """The topics whose partitions the members of a group have."""
+    admin = AdminClient({"bootstrap.servers": kafka.url})
+    found = await asyncio.wrap_future(admin.describe_consumer_groups([group])[group])
+    return {p.topic for member in found.members for p in member.assignment.topic_partitions}
+
+
+async def test_a_reader_of_a_pattern_without_a_group_takes_none_of_its_own_dead_letters(
+    kafka: Any,
+) -> None:
+    prefix, got = unique(), list[str]()
+    broker = make(kafka)
+
+    @broker.subscriber(pattern=rf"{prefix}\..*", dead_letter=f"{prefix}.dead")
+    async def handler(body: str, message: KafkaMessage) -> None:
+        got.append(message.destination)
+        if body == "bad":
+            raise ValueError("never")
+
+    await broker.start()
+    try:
+        await broker.publish("bad", f"{prefix}.a")
+        await eventually(lambda: broker.subscriptions[0].failing.dead_lettered == 1, 20)
+        await broker.publish("good", f"{prefix}.b")
+        await eventually(lambda: len(got) == 2, 20)
+        await asyncio.sleep(1)  # three more looks for new topics
+    finally:
+        await broker.stop()
+    assert got == [f"{prefix}.a", f"{prefix}.b"]
+
+
+@pytest.mark.parametrize(
+    ("client", "protocol"),
+    [("confluent", "classic"), ("confluent", "consumer"), ("aiokafka", "classic")],
+)
+async def test_a_pattern_that_takes_its_own_retry_topics_gets_each_message_once(
+    kafka: Any, client: Any, protocol: Any
+) -> None:
+    prefix, got = unique(), list[tuple[str, int]]()
+    group = f"{prefix}.g"
+    broker = make(kafka, client=client)
+
+    @broker.subscriber(
+        pattern=rf"(?:pattern\.)?{prefix}\..*",
+        group_id=group,
+        group_protocol=protocol,
+        retry=Retry(attempts=3, delay=0.2, where="topic"),
+        dead_letter=f"dead-{prefix}",
+    )
+    async def handler(body: int, message: KafkaMessage) -> None:
+        got.append((message.destination, message.delivery_count))
+        raise ValueError("never")
+
+    await broker.start()
+    try:
+        await broker.publish(1, f"{prefix}.a")
+        await eventually(lambda: broker.subscriptions[0].failing.dead_lettered == 1, 30)
+        assert f"pattern.{group}.retry.1" in await kafka_topics(kafka)
+        await broker.publish(2, f"{prefix}.a")
+        await eventually(lambda: broker.subscriptions[0].failing.dead_lettered == 2, 30)
+    finally:
+        await broker.stop()
+    assert got == [(f"{prefix}.a", n) for n in (1, 2, 3, 1, 2, 3)]
+
+
+async def test_a_pattern_in_memory_takes_none_of_its_own_dead_letters() -> None:
+    got, broker = list[str](), KafkaBroker()
+
+    @broker.subscriber(pattern=r"orders\..*", group_id="g", retry=Retry(attempts=2))
+    async def handler(body: str, message: KafkaMessage) -> None:
+        got.append(message.destination)
+        raise ValueError("never")
+
+    @broker.subscriber(pattern=r".*\.dlq", group_id="other")
+    async def other(body: str, message: KafkaMessage) -> None:
+        got.append(message.destination)
+
+    test = TestKafkaBroker(broker)
+    async with test:
+        await broker.publish("bad", "orders.a")
+        await test.clock.advance(60)
+    assert got == ["orders.a", "orders.a", "orders.any.dlq"]
 
 
 @pytest.mark.parametrize("client", ["confluent", "aiokafka"])

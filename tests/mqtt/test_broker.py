@@ -231,9 +231,37 @@ async def test_expiry_and_response_options_travel(mqtt: Any, name: str) -> None:
     await broker.stop()
 
 
-async def test_dead_letters_are_retained_and_do_not_come_back(mqtt: Any, name: str) -> None:
-    got: list[str] = []
+@pytest.mark.parametrize("real", [True, False])
+async def test_an_answer_takes_the_options_of_its_response(
+    mqtt: Any, name: str, real: bool
+) -> None:
+    got: list[Any] = []
     broker = MqttBroker(mqtt.url)
+
+    @broker.subscriber(name)
+    async def handler(body: int) -> Any:
+        return MqttResponse(body + 1, headers={"a": "b"}, qos=2, retain=True, expiry=60)
+
+    @broker.subscriber(f"{name}/answers", qos=2)
+    async def answered(body: int, message: MqttMessage) -> None:
+        got.append((body, message.qos, message.raw.retain, message.headers["a"]))
+        if real:
+            assert 55 <= message.properties["message_expiry_interval"] <= 60
+
+    async with TestMqttBroker(broker, with_real=real):
+        await broker.publish(1, name, reply_to=f"{name}/answers")
+        await eventually(lambda: got == [(2, 2, False, "b")])
+        # It is kept for those that come later, as it was asked for.
+        late = await broker.subscriber(f"{name}/+").get_one(timeout=5)
+        assert late is not None and await late.decode() == 2 and late.raw.retain
+
+
+@pytest.mark.parametrize("named", [None, "dead"])
+async def test_dead_letters_are_retained_and_do_not_come_back(
+    mqtt: Any, name: str, named: str | None
+) -> None:
+    got: list[str] = []
+    broker = MqttBroker(mqtt.url, **({"dead_letter": f"{name}/{named}"} if named else {}))
 
     @broker.subscriber(f"{name}/#", retry=Retry(attempts=1))
     async def handler(body: str, message: MqttMessage) -> None:
@@ -242,7 +270,7 @@ async def test_dead_letters_are_retained_and_do_not_come_back(mqtt: Any, name: s
 
     await broker.start()
     await broker.publish("x", f"{name}/a")
-    letters = broker.driver.letters(f"{name}/all/dlq")
+    letters = broker.driver.letters(f"{name}/{named or 'all/dlq'}")
     await eventually(lambda: broker.subscriptions[0].failing.dead_lettered == 1)
     [letter] = [one async for one in letters.read()]
     assert (letter.origin, letter.error, letter.message.body) == (f"{name}/a", "never", b"x")

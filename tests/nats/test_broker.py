@@ -233,6 +233,27 @@ async def test_a_response_with_nats_options(broker):
     await broker.stop()
 
 
+async def test_an_answer_is_stored_by_no_stream_whatever_its_response_says(broker):
+    name = unique()
+    stream = JStream(name, subjects=[f"{name}.>"], allow_msg_schedules=True)
+
+    @broker.subscriber(name + "-in")
+    @broker.publisher(f"{name}.timer", stream=stream)
+    async def later(order: Order) -> NatsResponse:
+        schedule = Schedule(datetime.now(UTC) + timedelta(hours=1), f"{name}.due")
+        return NatsResponse(
+            order, headers={"h": "1"}, stream=name, message_id="once", schedule=schedule
+        )
+
+    await broker.start()
+    answer = await broker.request(Order(5), name + "-in", timeout=2)
+    assert (await answer.decode(), answer.headers["h"]) == ({"id": 5}, "1")
+    assert not any(header.startswith("Nats-") for header in answer.headers)
+    stored = await broker.js.get_last_msg(name, f"{name}.timer")
+    assert stored.headers["Nats-Msg-Id"] == "once"
+    await broker.stop()
+
+
 async def test_watching_stores(broker):
     bucket, files, got = unique(), unique(), []
 

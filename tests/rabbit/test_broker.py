@@ -682,6 +682,50 @@ async def test_a_response_with_options_and_a_publisher_of_a_route(url: str) -> N
         await broker.stop()
 
 
+@pytest.mark.parametrize("real", [True, False])
+async def test_an_answer_takes_the_options_of_its_response_but_its_address(
+    url: str, real: bool
+) -> None:
+    name, published = unique(), list[Any]()
+    broker = RabbitBroker(url)
+    elsewhere = RabbitExchange(f"{name}-x", ExchangeType.FANOUT)
+
+    @broker.subscriber(name)
+    @broker.publisher(f"{name}-out")
+    async def handler(body: int) -> RabbitResponse:
+        return RabbitResponse(
+            body + 1,
+            headers={"a": "b"},
+            exchange=elsewhere,
+            queue="nowhere",
+            routing_key="no.where",
+            mandatory=True,
+            priority=4,
+            expiration=30,
+            persist=False,
+            message_type="sum",
+        )
+
+    @broker.subscriber(f"{name}-taken", elsewhere)
+    async def taken(body: int, message: RabbitMessage) -> None:
+        published.append((body, message.destination, _options(message)))
+
+    async with TestRabbitBroker(broker, with_real=real):
+        answer = await broker.request(1, name, timeout=5)
+        assert await answer.decode() == 2
+        assert _options(answer) == ("b", 4, "30000", 1, "sum")
+        await eventually(lambda: published)
+    assert published == [(2, "no.where", ("b", 4, "30000", 1, "sum"))]
+
+
+def _options(message: Any) -> Any:
+    found = message.raw.properties
+    return (
+        message.headers["a"],
+        *(found.priority, found.expiration, found.delivery_mode, found.type),
+    )
+
+
 async def test_the_clients_own_objects_are_at_hand(url: str) -> None:
     queue, got = unique(), []
     broker = RabbitBroker(url)

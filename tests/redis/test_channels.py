@@ -168,6 +168,32 @@ async def test_answers_go_to_a_stream_that_is_named(
     assert fields[b"__data__"] == b"2"
 
 
+async def test_an_answer_takes_the_options_of_its_response(
+    broker: RedisBroker, client: Redis, name: str
+) -> None:
+    @broker.subscriber(name)
+    @broker.publisher(stream=f"{name}-out")
+    async def handler(body: int) -> Any:
+        return RedisResponse(body + 1, maxlen=100, message_format=BinaryMessageFormatV1)
+
+    await broker.start()
+    for n in range(300):
+        await broker.publish(n, name, reply_to=f"stream://{name}-answers")
+
+    async def answered() -> Any:
+        last = await client.xrevrange(f"{name}-answers", count=1)
+        return last and BinaryMessageFormatV1.parse(last[0][1][b"__data__"])[0] == b"300"
+
+    await eventually(answered)
+    # Redis trims by whole nodes of a hundred entries.
+    assert await client.xlen(f"{name}-answers") < 300
+    await broker.publish(7, name, reply_to=f"list://{name}-list")
+    await eventually(lambda: client.llen(f"{name}-list"))
+    [raw] = await client.lrange(f"{name}-list", 0, -1)
+    assert raw == BinaryMessageFormatV1.encode(b"8", {})
+    assert await broker.request(7, name, response_model=int) == 8
+
+
 async def test_a_pipeline_takes_what_is_published(
     broker: RedisBroker, client: Redis, name: str
 ) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 import pydantic
 import pytest
 
-from millstream import Message, MsgPack, Response
-from millstream.errors import DecodeError, EncodeError, RemoteError
+from millstream import Message, MsgPack, Response, Retry
+from millstream.errors import DecodeError, EncodeError, RemoteError, SetupError
+from millstream.kafka import KafkaBroker
 from millstream.memory import MemoryBroker, MemoryRouter
+from millstream.mqtt import MqttBroker
+from millstream.nats import NatsBroker
+from millstream.rabbit import RabbitBroker
+from millstream.redis import RedisBroker
 from millstream.testing import TestBroker
 
 
@@ -170,6 +176,46 @@ async def test_answers() -> None:
         assert await publisher.request(3, response_model=Model) == Model(id=6)
 
 
+async def test_an_answer_takes_the_options_of_its_response() -> None:
+    broker = MemoryBroker()
+    got: list[Any] = []
+
+    @broker.subscriber("in")
+    @broker.publisher("out")
+    async def handler(value: str) -> Response:
+        return Response(
+            value, headers={"a": "b"}, subject="elsewhere", content_type="text/x", reply_to="more"
+        )
+
+    @broker.subscriber("answers")
+    @broker.subscriber("out")
+    @broker.subscriber("elsewhere")
+    async def seen(value: str, message: Message[Any]) -> None:
+        more = (message.content_type, message.reply_to, message.headers["a"])
+        got.append((message.destination, *more))
+
+    async with TestBroker(broker) as running:
+        await running.publish("x", "in", reply_to="answers", correlation_id="c")
+        assert sorted(got) == [
+            ("answers", "text/x", "more", "b"),
+            ("elsewhere", "text/x", "more", "b"),
+        ]
+        answer = await running.request("x", "in", timeout=1)
+        assert (answer.content_type, answer.headers["a"]) == ("text/x", "b")
+
+
+async def test_an_unknown_option_of_an_answer_is_told_to_who_asked() -> None:
+    broker = MemoryBroker()
+
+    @broker.subscriber("in", retry=Retry(attempts=1))
+    async def handler(value: str) -> Response:
+        return Response(value, colour="red")
+
+    async with TestBroker(broker) as running:
+        with pytest.raises(RemoteError, match="Response has no option 'colour'"):
+            await running.request("x", "in", timeout=1)
+
+
 async def test_an_answer_is_read_by_the_codec_of_the_publisher_that_asked() -> None:
     broker = MemoryBroker()
     router = MemoryRouter(codec=MsgPack())
@@ -221,3 +267,56 @@ async def test_a_subclass_may_have_a_publish_of_its_own() -> None:
         await broker.publish(1, "a")
         await broker.publish(2, "a")
     assert broker.count == 2
+
+
+@pytest.mark.parametrize(
+    ("send", "owner"),
+    [
+        (lambda broker, **o: broker.publish(1, "out", **o), "MemoryBroker.publish"),
+        (lambda broker, **o: broker.request(1, "out", **o), "MemoryBroker.request"),
+        (
+            lambda broker, **o: broker.publish_batch(1, 2, subject="out", **o),
+            "MemoryBroker.publish_batch",
+        ),
+        (lambda broker, **o: broker.publisher("out").publish(1, **o), "publishing to 'out'"),
+        (lambda broker, **o: broker.publisher("out").request(1, **o), "publishing to 'out'"),
+        (lambda broker, **o: broker.subscriber("out").get_one(**o), "get_one"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("option", "fix"),
+    [
+        ("timeuot", "did you mean 'timeout'?"),
+        ("no_ack", "message.ack() settles what get_one gave"),
+        ("rpc", "request(..., timeout=...) waits for the answer"),
+        ("value", "the message is the first argument"),
+        ("colour", "one of: "),
+    ],
+)
+async def test_an_unknown_option_of_what_is_sent_or_read(
+    send: Callable[..., Awaitable[Any]], owner: str, option: str, fix: str
+) -> None:
+    broker, got = MemoryBroker(), list[Any]()
+
+    @broker.subscriber("out")
+    async def out(value: int) -> None:
+        got.append(value)
+
+    async with TestBroker(broker) as running:
+        with pytest.raises(SetupError) as caught:
+            await send(running, **{option: 1})
+        await running.publish(3, "out")
+    assert (caught.value.code, got) == ("MS120", [3])
+    assert caught.value.what == f"{owner} has no option {option!r}"
+    assert fix in caught.value.fix and __file__ in caught.value.where
+
+
+@pytest.mark.parametrize(
+    "broker", [KafkaBroker(), MqttBroker(), NatsBroker(), RabbitBroker(), RedisBroker()]
+)
+@pytest.mark.parametrize("verb", ["publish", "request"])
+def test_an_unknown_option_is_told_before_there_is_a_connection(broker: Any, verb: str) -> None:
+    with pytest.raises(SetupError, match=f"Broker.{verb} has no option 'colour'"):
+        getattr(broker, verb)("body", "out", colour="red")
+    with pytest.raises(SetupError, match=f"Broker.{verb}: .*positional"):
+        getattr(broker, verb)(*range(9))

@@ -1,0 +1,130 @@
+"""What users said that cannot be: told with what to write instead, and where it stands."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .errors import SetupError
+from .retry import Retry
+from .signature import user_frame
+
+#: Options of other frameworks that are none here, and what does their work.
+INSTEAD = {
+    **dict.fromkeys(
+        ("key_serializer", "value_serializer", "serializer"),
+        "codec= writes bodies; a key is text or bytes",
+    ),
+    **dict.fromkeys(
+        ("key_deserializer", "value_deserializer"),
+        "codec= or decoder= reads bodies; message.key is the key's bytes",
+    ),
+    **dict.fromkeys(
+        ("auto_commit", "enable_auto_commit"),
+        "leave it out; ack_policy=AckPolicy.ACK_FIRST settles before the handler",
+    ),
+    "ack_first": "ack_policy=AckPolicy.ACK_FIRST",
+    "no_ack": "leave it out; ack_policy=AckPolicy.MANUAL has a handler settle by itself, and "
+    "message.ack() settles what get_one gave",
+    **dict.fromkeys(
+        ("rpc", "rpc_timeout", "raise_timeout"),
+        "request(..., timeout=...) waits for the answer",
+    ),
+    **dict.fromkeys(("payload", "value"), "the message is the first argument"),
+    **dict.fromkeys(
+        ("callback", "on_delivery"), "leave it out; await publish(...) ends when it is confirmed"
+    ),
+    "apply_types": "leave it out; what is not annotated is not converted",
+    "id_generator": "leave it out; publish(correlation_id=...) sets one",
+    "log_level": "leave it out; set the level of the logger 'millstream'",
+    "provider": "broker.dependency_overrides",
+    **dict.fromkeys(
+        ("protocol", "protocol_version", "specification_url", "underlying_driver_annotations"),
+        "leave it out",
+    ),
+}
+
+
+def check_types(spec: Any, name: str) -> None:
+    """Raise a :class:`SetupError` for a field that is not of its plain type."""
+    for field, wanted in _plain_fields(type(spec)):
+        value = getattr(spec, field)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+            expected = " or ".join("None" if k is type(None) else k.__name__ for k in wanted)
+            raise SetupError(
+                f"{name}: {field}={value!r} is {type(value).__name__}, not {expected}",
+                code="MS121",
+                where=caller(),
+            )
+
+
+_checked: dict[type, list[tuple[str, Any]]] = {}
+_PLAIN: dict[str, type] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "bytes": bytes,
+    "None": type(None),
+    "Retry": Retry,
+}
+
+
+def _plain_fields(spec: type) -> list[tuple[str, Any]]:
+    """The fields whose annotations are plain enough for ``isinstance``."""
+    if spec not in _checked:
+        annotations: dict[str, Any] = {}
+        for kind in reversed(spec.__mro__):
+            annotations.update(vars(kind).get("__annotations__", {}))
+        fields: list[tuple[str, Any]] = []
+        for field in getattr(spec, "__struct_fields__", ()):
+            names = str(annotations.get(field, "")).split(" | ")
+            if all(name in _PLAIN for name in names):
+                kinds = tuple(_PLAIN[name] for name in names)
+                fields.append((field, (*kinds, int) if float in kinds else kinds))
+        _checked[spec] = fields
+    return _checked[spec]
+
+
+def caller() -> str:
+    """The user's line that is being run, as ``file:line``."""
+    frame = user_frame()
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def known_options(options: Mapping[str, Any], kind: type, owner: str) -> None:
+    """Raise a SetupError for an option that the TypedDict ``kind`` does not have."""
+    names = kind.__annotations__
+    for name in options:
+        if name not in names:
+            raise unknown_option(name, names, owner)
+
+
+def not_taken(options: Mapping[str, Any], kind: Any, owner: str, error: TypeError) -> SetupError:
+    """Why the options class ``kind`` did not take its arguments.
+
+    Args:
+        options: those that were given by name.
+        kind: the class.
+        owner: whose options they are, for people.
+        error: what it raised.
+    """
+    names = kind.__struct_fields__
+    for name in options:
+        if name not in names:
+            return unknown_option(name, names, owner)
+    return SetupError(f"{owner}: {error}", code="MS120", where=caller())
+
+
+def unknown_option(name: str, names: Iterable[str], owner: str) -> SetupError:
+    """That ``owner`` has no option of this name, but those in ``names``."""
+    names = sorted(names)
+    near = difflib.get_close_matches(name, names, 1)
+    fix = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(names)}"
+    return SetupError(
+        f"{owner} has no option {name!r}",
+        code="MS120",
+        where=caller(),
+        fix=INSTEAD.get(name, fix),
+    )
