@@ -76,6 +76,8 @@ class Broken(Exception):
 
 def broken(error: BaseException) -> Broken:
     """What an error of the library is called here."""
+    if isinstance(error, Broken):
+        return error
     inner = error.args[0] if isinstance(error, KafkaException) else error
     if isinstance(inner, KafkaError):
         return Broken(inner.str(), inner.name(), inner.fatal())

@@ -298,10 +298,7 @@ class Reader:
             self.trusted = now + STILL
 
     def _live(self) -> None:
-        problem: Broken | None = None
-        consumer, tell, arrived = self._consumer, self.client.tell, self.owner.arrived
-        room = self._room
-        poll, consume, most = consumer.poll, consumer.consume, self._most - 1
+        consumer, tell, room = self._consumer, self.client.tell, self._room
         looked = time.monotonic()
         by_hand = self.plan.group is None and not self.plan.partitions
         try:
@@ -311,25 +308,7 @@ class Reader:
                     self._obey()
                 if not room.is_set() and not room.wait(STALL):
                     self._stall()
-                    continue
-                first = poll(TURN)
-                if self._raised is not None:
-                    raise self._raised
-                if first is not None:
-                    batch = [first, *consume(most, 0)] if most else [first]
-                    errors = [m for m in batch if m.error() is not None]
-                    for message in errors:
-                        batch.remove(message)
-                        problem = broken(message.error())
-                        if message.error().code() in _PASSING:
-                            continue
-                        tell(self.owner.failed, problem)
-                        if problem.fatal:
-                            return
-                    if batch:
-                        room.clear()  # until the owner has seen them
-                        tell(arrived, batch)
-                elif by_hand and time.monotonic() > looked + self.plan.refresh:
+                elif not self._read() and by_hand and time.monotonic() > looked + self.plan.refresh:
                     looked = time.monotonic()
                     self._take(False)
         except Exception as error:
@@ -347,6 +326,31 @@ class Reader:
                 log.debug("closing the reader: %r", error)
             tell(_answer, self._ended, None, None)
             self._obey()  # nothing of it can be done any more, and that is said
+
+    def _read(self) -> bool:
+        """Hand over what has come; whether there was anything.
+
+        Raises:
+            Broken: nothing will come any more.
+        """
+        first = self._consumer.poll(TURN)
+        if self._raised is not None:
+            raise self._raised
+        if first is None:
+            return False
+        batch = [first, *self._consumer.consume(self._most - 1, 0)] if self._most > 1 else [first]
+        for message in [m for m in batch if m.error() is not None]:
+            batch.remove(message)
+            problem = broken(message.error())
+            if message.error().code() in _PASSING:
+                continue
+            if problem.fatal:
+                raise problem
+            self.client.tell(self.owner.failed, problem)
+        if batch:
+            self._room.clear()  # until the owner has seen them
+            self.client.tell(self.owner.arrived, batch)
+        return True
 
     def _obey(self) -> None:
         while self._orders:
