@@ -326,12 +326,12 @@ class Undoing(Intake, Protocol):
 
 @runtime_checkable
 class Lending(Intake, Protocol):
-    """An intake whose messages may become another process's while they wait in a lane."""
+    """An intake whose messages may become another process's while this one holds them."""
 
     async def ours(self, raw: Any, /) -> bool:
-        """Whether a message that a lane takes may begin; if not, the intake has taken it back.
+        """Whether a message that waited, in a lane or for another attempt, may begin.
 
-        ``raw`` is a list for a batch; what must not begin is removed from it.
+        If not, the source delivers it again, or did so already, and nothing more is said of it.
         """
         ...
 

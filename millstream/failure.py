@@ -145,7 +145,7 @@ class Failures:
                     if isinstance(error, BatchFailed) and isinstance(message, BatchMessage):
                         if not await self._shrunk(message, error, attempt):
                             return None
-                    elif not retry.again(error, attempt):
+                    elif message.settled is not None or not retry.again(error, attempt):
                         raise
                     else:
                         _undo(message)
@@ -153,12 +153,32 @@ class Failures:
                     self.count += 1
                     self.log(message, error, self._again(attempt, delay))
                     await clock.sleep(delay)
+                    await self._only_ours(message)
                     attempt += 1
                     for one in message.messages if isinstance(message, BatchMessage) else ():
                         one.tries = attempt
                     message.tries = attempt
 
         return call_again
+
+    async def _only_ours(self, message: Message[Any]) -> None:
+        """Leave alone what became another process's meanwhile: its attempts are counted there.
+
+        Raises:
+            SkipMessage: nothing is left.
+        """
+        ours = self.subscription.ours
+        if ours is None:
+            return
+        if isinstance(message, BatchMessage):
+            message.messages[:] = [
+                one for one in message.messages if one.settled is not None or await ours(one.raw)
+            ]
+            if message.messages:
+                return
+        elif await ours(message.raw):
+            return
+        raise SkipMessage
 
     async def _shrunk(self, batch: BatchMessage, error: BatchFailed, attempt: int) -> bool:
         """Leave in a batch what is to be tried again; False if that is nothing."""

@@ -103,8 +103,8 @@ class Subscription:
         self.failing = Failures(self)
         self._intake: Intake | None = None
         self._lanes: Lanes | None = None
-        #: Asked of what waited in a lane, where the source may have lent it to another process.
-        self._ours: Callable[[Any], Awaitable[bool]] | None = None
+        #: Asked of what waited, where the source may have given it to another process meanwhile.
+        self.ours: Callable[[Any], Awaitable[bool]] | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self.running: set[Message[Any]] = set()
@@ -205,8 +205,14 @@ class Subscription:
             self._keeper = asyncio.create_task(self._keep(wait / 2), name=f"{self.name}-keeper")
 
     async def _deliver_now(self, raw: Any) -> None:
-        if self._ours is not None and not await self._ours(raw):
-            return
+        ours = self.ours
+        if ours is not None:
+            if self.spec.batch is not None:
+                raw[:] = [one for one in raw if await ours(one)]
+                if not raw:
+                    return
+            elif not await ours(raw):
+                return
         await self.deliver(raw)
 
     async def _subscribe(self, sink: Sink) -> None:
@@ -230,7 +236,7 @@ class Subscription:
         if killpoints.armed():
             intake.settle = killpoints.around("settle", intake.settle)  # type: ignore[method-assign]
         self.link.intake = intake
-        self._ours = intake.ours if isinstance(intake, Lending) else None
+        self.ours = intake.ours if isinstance(intake, Lending) else None
         waiting.ready.set()
         if self.state is SubscriptionState.STOPPED:  # while the driver was at it
             await intake.close()

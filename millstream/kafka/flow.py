@@ -363,10 +363,6 @@ class Flow:
             await self.reader.commit(commits)
 
     async def ours(self, raw: Any, /) -> bool:
-        if isinstance(raw, list):
-            records: list[Record] = raw
-            records[:] = [record for record in records if await self.ours(record)]
-            return bool(records)
         if time.monotonic() > self.reader.trusted:
             await self._confirm()
         part: Partition | None = raw.part

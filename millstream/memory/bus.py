@@ -451,6 +451,11 @@ class MemoryIntake(Feed):
         if delivery.entry.current is delivery and not delivery.entry.done:
             self._watch(delivery)
 
+    async def ours(self, raw: Any, /) -> bool:
+        delivery: Delivery = getattr(raw, "delivery", raw)
+        entry = delivery.entry
+        return self.source.ack_wait is None or (entry.current is delivery and not entry.done)
+
     async def begun(self, raw: Any, /) -> bool:
         entry = getattr(raw, "delivery", raw).entry
         before, entry.begun = entry.begun, True

@@ -323,6 +323,10 @@ class Flow(Feed):
         except AMQPError as error:
             log.debug("%r: acknowledgements are lost: %s", self.queue, error)
 
+    async def ours(self, raw: Delivery, /) -> bool:
+        wire = self._wire
+        return self.streaming or (wire is not None and raw.channel is wire.channel)
+
     async def begun(self, raw: Delivery, /) -> bool:
         try:
             return await self.driver.topology.begun(raw)

@@ -220,4 +220,62 @@ FINDINGS: dict[str, tuple[Plan, int]] = {
         ),
         9769,
     ),
+    "what waited in a lane past its deadline is not begun there": (
+        Plan(
+            items=(
+                Item(1, 2, 0.372),
+                Item(2, 1, 0.506, fates=("slow", "stubborn")),
+                Item(7, 2, 0.474),
+                Item(8, 2, 0.359),
+                Item(10, 2, 0.394),
+                Item(11, 1, 0.398, work=1.0, fates=("raise",)),
+                Item(12, 2, 0.199, work=1.0),
+            ),
+            events=(Event(2.462, "break mute", steps=22), Event(7.823, "heal mute")),
+            processes=2,
+            ordered=True,
+            attempts=2,
+            base=0.1,
+            where="lane",
+            timeout=2.0,
+            graceful=5.0,
+            fifo=0.9,
+        ),
+        702450,
+    ),
+    "nor is the last attempt, where another process had begun it": (
+        Plan(
+            items=(
+                Item(5, 2, 0.0, fates=("hang", "hang", "stubborn", "nack")),
+                Item(7, 1, 0.0, fates=("raise",)),
+            ),
+            events=(
+                Event(3.279, "break mute", process=1, steps=39),
+                Event(3.303, "start", process=1),
+                Event(7.406, "heal mute"),
+            ),
+            ordered=True,
+            attempts=2,
+            base=0.1,
+            where="broker",
+            timeout=2.0,
+            graceful=5.0,
+            fifo=0.9,
+        ),
+        803323,
+    ),
+    "attempts in place end where the message became another process's": (
+        Plan(
+            items=(Item(4, 2, 0.0, fates=("never",)),),
+            events=(
+                Event(3.78, "break touch", process=2, steps=12),
+                Event(9.258, "heal touch"),
+            ),
+            processes=3,
+            ordered=True,
+            timeout=2.0,
+            graceful=0.5,
+        ),
+        815575,
+    ),
 }
