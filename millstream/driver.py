@@ -328,10 +328,10 @@ class Undoing(Intake, Protocol):
 class Lending(Intake, Protocol):
     """An intake whose messages may become another process's while this one holds them."""
 
-    async def ours(self, raw: Any, /) -> bool:
-        """Whether a message that waited, in a lane or for another attempt, may begin.
+    async def ours(self, raws: list[Any], /) -> list[Any]:
+        """Those of some messages that waited, in a lane or for another attempt, that may begin.
 
-        If not, the source delivers it again, or did so already, and nothing more is said of it.
+        The others are delivered again by the source, or were already: nothing more is said of them.
         """
         ...
 

@@ -128,7 +128,6 @@ class Failures:
         retry, clock = self.retry, self.broker.clock
 
         async def call_again(message: Message[Any]) -> Any:
-            attempt = 0
             while True:
                 try:
                     result = await call(message)
@@ -141,7 +140,7 @@ class Failures:
                     task = asyncio.current_task()
                     if task is not None and task.cancelling():
                         raise asyncio.CancelledError from error  # the handler hid it
-                    attempt = attempt or message.attempt
+                    attempt = message.attempt
                     if isinstance(error, BatchFailed) and isinstance(message, BatchMessage):
                         if not await self._shrunk(message, error, attempt):
                             return None
@@ -154,10 +153,9 @@ class Failures:
                     self.log(message, error, self._again(attempt, delay))
                     await clock.sleep(delay)
                     await self._only_ours(message)
-                    attempt += 1
+                    message.tries = attempt + 1
                     for one in message.messages if isinstance(message, BatchMessage) else ():
-                        one.tries = attempt
-                    message.tries = attempt
+                        one.tries = attempt + 1
 
         return call_again
 
@@ -170,15 +168,12 @@ class Failures:
         ours = self.subscription.ours
         if ours is None:
             return
-        if isinstance(message, BatchMessage):
-            message.messages[:] = [
-                one for one in message.messages if one.settled is not None or await ours(one.raw)
-            ]
-            if message.messages:
-                return
-        elif await ours(message.raw):
-            return
-        raise SkipMessage
+        batch = message.messages if isinstance(message, BatchMessage) else [message]
+        asked = [one.raw for one in batch if one.settled is None]
+        left = set(map(id, await ours(asked)))
+        batch[:] = [one for one in batch if one.settled is not None or id(one.raw) in left]
+        if not batch:
+            raise SkipMessage
 
     async def _shrunk(self, batch: BatchMessage, error: BatchFailed, attempt: int) -> bool:
         """Leave in a batch what is to be tried again; False if that is nothing."""

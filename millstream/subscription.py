@@ -104,7 +104,7 @@ class Subscription:
         self._intake: Intake | None = None
         self._lanes: Lanes | None = None
         #: Asked of what waited, where the source may have given it to another process meanwhile.
-        self.ours: Callable[[Any], Awaitable[bool]] | None = None
+        self.ours: Callable[[list[Any]], Awaitable[list[Any]]] | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self.running: set[Message[Any]] = set()
@@ -205,14 +205,13 @@ class Subscription:
             self._keeper = asyncio.create_task(self._keep(wait / 2), name=f"{self.name}-keeper")
 
     async def _deliver_now(self, raw: Any) -> None:
-        ours = self.ours
-        if ours is not None:
-            if self.spec.batch is not None:
-                raw[:] = [one for one in raw if await ours(one)]
-                if not raw:
-                    return
-            elif not await ours(raw):
+        if self.ours is not None:
+            batch = self.spec.batch is not None
+            left = await self.ours(raw if batch else [raw])
+            if not left:
                 return
+            if batch:
+                raw = left
         await self.deliver(raw)
 
     async def _subscribe(self, sink: Sink) -> None:

@@ -94,9 +94,9 @@ class StreamFlow(Flow):
         if self.acknowledged:
             await self.driver.outbox.send(raw.reply, PROGRESS)
 
-    async def ours(self, raw: Any, /) -> bool:
+    async def ours(self, raws: list[Any], /) -> list[Any]:
         self._lapse()
-        return not self._left(raw)
+        return [raw for raw in raws if not self._left(raw)] if self.lapsed else raws
 
     def _lapse(self) -> None:
         """Give up what waits if we stood still, or were not heard, for longer than its deadline."""

@@ -323,9 +323,11 @@ class Flow(Feed):
         except AMQPError as error:
             log.debug("%r: acknowledgements are lost: %s", self.queue, error)
 
-    async def ours(self, raw: Delivery, /) -> bool:
-        wire = self._wire
-        return self.streaming or (wire is not None and raw.channel is wire.channel)
+    async def ours(self, raws: list[Any], /) -> list[Any]:
+        if self.streaming:
+            return raws
+        channel = self._wire.channel if self._wire is not None else None
+        return [raw for raw in raws if raw.channel is channel]
 
     async def begun(self, raw: Delivery, /) -> bool:
         try:

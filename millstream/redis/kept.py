@@ -321,14 +321,14 @@ class Kept(Flow):
         """Have messages delivered again so many milliseconds later."""
         raise NotImplementedError
 
-    async def ours(self, raw: Any, /) -> bool:
+    async def ours(self, raws: list[Any], /) -> list[Any]:
         while asyncio.get_running_loop().time() - self.beaten > self.ack_wait:
             try:
                 await self.tick()
             except FAILED as error:
                 log.debug("%s: %s", self.where, reason_of(error))
                 await asyncio.sleep(PAUSE)
-        return raw.id in self.open
+        return [raw for raw in raws if raw.id in self.open]
 
     async def begun(self, raw: Any, /) -> bool:
         key = self.key("begun")
