@@ -198,11 +198,16 @@ class Subscription:
             sink = self._lanes.submit
         elif self._replaceable:
             sink = self._deliver_now
-        async with self._changing:
-            await self._subscribe(sink)
         wait = spec.ack_wait if Capability.TOUCH in spec.capabilities else None
-        if wait is not None and self._intake is not None:
+        if wait is not None:  # before there is a message: a stop may overtake what follows
             self._keeper = asyncio.create_task(self._keep(wait / 2), name=f"{self.name}-keeper")
+        try:
+            async with self._changing:
+                await self._subscribe(sink)
+        except BaseException:
+            if self._keeper is not None:
+                self._keeper.cancel()
+            raise
 
     async def _deliver_now(self, raw: Any) -> None:
         if self.ours is not None:

@@ -278,4 +278,18 @@ FINDINGS: dict[str, tuple[Plan, int]] = {
         ),
         815575,
     ),
+    "a stop that overtakes the start keeps up the deadlines of what runs": (
+        Plan(
+            items=(Item(5, 1, 0.0, fates=("slow", "hang")),),
+            events=(Event(0.052, "stop", steps=22),),
+            concurrency=4,
+            attempts=3,
+            base=0.1,
+            where="lane",
+            timeout=2.0,
+            graceful=5.0,
+            latency=0.05,
+        ),
+        1131940,
+    ),
 }
