@@ -339,12 +339,12 @@ class Undoing(Intake, Protocol):
 
 @runtime_checkable
 class Lending(Intake, Protocol):
-    """An intake whose messages may become another process's while they wait in a lane."""
+    """An intake whose messages may become another process's while this one holds them."""
 
-    async def ours(self, raw: Any, /) -> bool:
-        """Whether a message that a lane takes may begin; if not, the intake has taken it back.
+    async def ours(self, raws: list[Any], /) -> list[Any]:
+        """Those of some messages that waited, in a lane or for another attempt, that may begin.
 
-        ``raw`` is a list for a batch; what must not begin is removed from it.
+        The others are delivered again by the source, or were already: nothing more is said of them.
         """
         ...
 

@@ -120,7 +120,6 @@ class Failures:
         retry, clock = self.retry, self.broker.clock
 
         async def call_again(message: Message[Any]) -> Any:
-            attempt = 0
             while True:
                 try:
                     result = await call(message)
@@ -133,11 +132,11 @@ class Failures:
                     task = asyncio.current_task()
                     if task is not None and task.cancelling():
                         raise asyncio.CancelledError from error  # the handler hid it
-                    attempt = attempt or message.attempt
+                    attempt = message.attempt
                     if isinstance(error, BatchFailed) and isinstance(message, BatchMessage):
                         if not await self._shrunk(message, error, attempt):
                             return None
-                    elif not retry.again(error, attempt):
+                    elif message.settled is not None or not retry.again(error, attempt):
                         raise
                     else:
                         _undo(message)
@@ -145,12 +144,28 @@ class Failures:
                     self.count += 1
                     self.log(message, error, self._again(attempt, delay))
                     await clock.sleep(delay)
-                    attempt += 1
+                    await self._only_ours(message)
+                    message.tries = attempt + 1
                     for one in message.messages if isinstance(message, BatchMessage) else ():
-                        one.tries = attempt
-                    message.tries = attempt
+                        one.tries = attempt + 1
 
         return call_again
+
+    async def _only_ours(self, message: Message[Any]) -> None:
+        """Leave alone what became another process's meanwhile: its attempts are counted there.
+
+        Raises:
+            SkipMessage: nothing is left.
+        """
+        ours = self.subscription.ours
+        if ours is None:
+            return
+        batch = message.messages if isinstance(message, BatchMessage) else [message]
+        asked = [one.raw for one in batch if one.settled is None]
+        left = set(map(id, await ours(asked)))
+        batch[:] = [one for one in batch if one.settled is not None or id(one.raw) in left]
+        if not batch:
+            raise SkipMessage
 
     async def _shrunk(self, batch: BatchMessage, error: BatchFailed, attempt: int) -> bool:
         """Leave in a batch what is to be tried again; False if that is nothing."""

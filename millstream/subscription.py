@@ -106,8 +106,8 @@ class Subscription:
         self.failing = Failures(self)
         self._intake: Intake | None = None
         self._lanes: Lanes | None = None
-        #: Asked of what waited in a lane, where the source may have lent it to another process.
-        self._ours: Callable[[Any], Awaitable[bool]] | None = None
+        #: Asked of what waited, where the source may have given it to another process meanwhile.
+        self.ours: Callable[[list[Any]], Awaitable[list[Any]]] | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self.running: set[Message[Any]] = set()
@@ -201,15 +201,25 @@ class Subscription:
             sink = self._lanes.submit
         elif self._replaceable:
             sink = self._deliver_now
-        async with self._changing:
-            await self._subscribe(sink)
         wait = spec.ack_wait if Capability.TOUCH in spec.capabilities else None
-        if wait is not None and self._intake is not None:
+        if wait is not None:  # before there is a message: a stop may overtake what follows
             self._keeper = asyncio.create_task(self._keep(wait / 2), name=f"{self.name}-keeper")
+        try:
+            async with self._changing:
+                await self._subscribe(sink)
+        except BaseException:
+            if self._keeper is not None:
+                self._keeper.cancel()
+            raise
 
     async def _deliver_now(self, raw: Any) -> None:
-        if self._ours is not None and not await self._ours(raw):
-            return
+        if self.ours is not None:
+            batch = self.spec.batch is not None
+            left = await self.ours(raw if batch else [raw])
+            if not left:
+                return
+            if batch:
+                raw = left
         await self.deliver(raw)
 
     async def _subscribe(self, sink: Sink) -> None:
@@ -233,7 +243,7 @@ class Subscription:
         if killpoints.armed():
             intake.settle = killpoints.around("settle", intake.settle)  # type: ignore[method-assign]
         self.link.intake = intake
-        self._ours = intake.ours if isinstance(intake, Lending) else None
+        self.ours = intake.ours if isinstance(intake, Lending) else None
         waiting.ready.set()
         if self.state is SubscriptionState.STOPPED:  # while the driver was at it
             await intake.close()

@@ -362,18 +362,17 @@ class Flow:
         if commits := [part.commit() for part in self.parts.values()]:
             await self.reader.commit(commits)
 
-    async def ours(self, raw: Any, /) -> bool:
-        if isinstance(raw, list):
-            records: list[Record] = raw
-            records[:] = [record for record in records if await self.ours(record)]
-            return bool(records)
+    async def ours(self, raws: list[Any], /) -> list[Any]:
         if time.monotonic() > self.reader.trusted:
             await self._confirm()
-        part: Partition | None = raw.part
-        if part is None or not part.fenced:
-            return True
-        self._back(raw, part, 0.0, unbegun=True)
-        return False
+        left = []
+        for raw in raws:
+            part: Partition | None = raw.part
+            if part is None or not part.fenced:
+                left.append(raw)
+            else:
+                self._back(raw, part, 0.0, unbegun=True)
+        return left
 
     def _look_for_room(self) -> None:
         if self._full and self._held(self.buffer) < ROOM:

@@ -455,6 +455,13 @@ class MemoryIntake(Feed):
         if delivery.entry.current is delivery and not delivery.entry.done:
             self._watch(delivery)
 
+    async def ours(self, raws: list[Any], /) -> list[Any]:
+        return [raw for raw in raws if self._has(getattr(raw, "delivery", raw))]
+
+    def _has(self, delivery: Delivery) -> bool:
+        entry = delivery.entry
+        return self.source.ack_wait is None or (entry.current is delivery and not entry.done)
+
     async def begun(self, raw: Any, /) -> bool:
         entry = getattr(raw, "delivery", raw).entry
         before, entry.begun = entry.begun, True

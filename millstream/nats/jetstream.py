@@ -36,6 +36,10 @@ class StreamFlow(Flow):
         self.acknowledged = self.spec.acknowledged
         #: Acknowledgement addresses of what was delivered and not settled, oldest first.
         self.open: dict[str, None] = {}
+        #: When the server last proved that it heard us, and those of ``open`` whose deadline may
+        #: have passed meanwhile: it delivers them again, to whom it likes.
+        self.proved = self.driver.clock.now()
+        self.lapsed: set[str] = set()
         #: Stream sequences that were handed back, until they are known to be settled.
         self.returned: set[int] = set()
         #: The stream sequence up to which all was settled when other processes were last seen to
@@ -90,6 +94,42 @@ class StreamFlow(Flow):
         if self.acknowledged:
             await self.driver.outbox.send(raw.reply, PROGRESS)
 
+    async def ours(self, raws: list[Any], /) -> list[Any]:
+        self._lapse()
+        return [raw for raw in raws if not self._left(raw)] if self.lapsed else raws
+
+    def _lapse(self) -> None:
+        """Give up what waits if we stood still, or were not heard, for longer than its deadline."""
+        now = self.driver.clock.now()
+        if self.acknowledged and now - self.proved > self.consumer.ack_wait:
+            self.proved = now
+            self._over(list(self.open))
+            self.heal("")  # what is missing now is asked for again
+
+    def came_again(self, msg: Msg) -> None:
+        """Earlier deliveries of a message are over, and may still be here."""
+        sequence, reply = _sequence(msg.reply), msg.reply
+        alike = [other for other in self.open if f".{sequence}." in other]
+        self._over([one for one in alike if one != reply and _sequence(one) == sequence])
+
+    def _over(self, replies: list[str]) -> None:
+        """Begin nothing of some deliveries; what runs goes on."""
+        if replies:
+            self.lapsed.update(replies)
+            kept = [raw for raw in self.waiting if not self._left(raw)]
+            self.waiting.clear()
+            self.waiting.extend(kept)
+
+    def _left(self, raw: Any) -> bool:
+        """Leave a message to its next delivery, if this one is over."""
+        reply = raw.reply
+        if reply not in self.lapsed:
+            return False
+        if reply in self.open:
+            del self.open[reply]
+            self.returned.add(_sequence(reply))
+        return True
+
     async def begun(self, raw: Any, /) -> bool:
         try:
             return await self.consumer.begun(_sequence(raw.reply))
@@ -108,6 +148,8 @@ class StreamFlow(Flow):
         while not self.paused:
             beat = min(HEARTBEAT, self.consumer.ack_wait / 3)
             await self.driver.clock.sleep(beat)
+            self._lapse()
+            self.lapsed &= self.open.keys()
             self._last = max(self._last, self._delivered())
             if len(self.open) > CROWD:
                 # Never settled, and delivered again under another address: the last one counts.
@@ -120,6 +162,9 @@ class StreamFlow(Flow):
             if self._silent() and self.driver.connected:
                 self.heal("no sign of life from the server")
             if self.acknowledged and self.driver.connected:
+                asked = self.driver.clock.now()
+                if await self.driver.ping(beat):  # answered after all that was sent before
+                    self.proved = max(self.proved, asked)
                 # A slow answer must not keep the deadlines waiting.
                 with suppress(MillstreamError, NatsError, TimeoutError):
                     async with asyncio.timeout(beat):

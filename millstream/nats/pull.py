@@ -117,6 +117,7 @@ class PullFlow(StreamFlow):
             self._fresh = msg.reply[: msg.reply.index(head) + len(head)]
             return
         msg.unusual = True  # type: ignore[attr-defined]
+        self.came_again(msg)
         if int(sequence) not in self.returned:
             self.careful, self.low = CAREFUL, -1
 

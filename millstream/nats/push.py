@@ -64,9 +64,12 @@ class PushFlow(StreamFlow):
         self._failures = 0
         self._latest = msg
         marked = headers is not None and REPLAY_TO in headers
-        msg.unusual = marked or ack_tokens(msg.reply)[2] != "1"  # type: ignore[attr-defined]
+        again = ack_tokens(msg.reply)[2] != "1"
+        msg.unusual = marked or again  # type: ignore[attr-defined]
         if self.acknowledged:
             self.open[msg.reply] = None
+            if again:
+                self.came_again(msg)
         self.put(msg)
 
     async def _controlled(self, raw: Any) -> None:

@@ -323,6 +323,12 @@ class Flow(Feed):
         except AMQPError as error:
             log.debug("%r: acknowledgements are lost: %s", self.queue, error)
 
+    async def ours(self, raws: list[Any], /) -> list[Any]:
+        if self.streaming:
+            return raws
+        channel = self._wire.channel if self._wire is not None else None
+        return [raw for raw in raws if raw.channel is channel]
+
     async def begun(self, raw: Delivery, /) -> bool:
         try:
             return await self.driver.topology.begun(raw)

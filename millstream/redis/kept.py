@@ -215,6 +215,8 @@ class Kept(Flow):
         room = 0 if self.paused else max(self.window.target - len(self.waiting), 0)
         careful = min(room, max(self.at_once - len(self.waiting), 0))
         found, self.more, due, there = await self.claim(room, careful)
+        if self.open and begin - self.beaten > self.ack_wait:
+            await self._give_up()
         self.beaten = begin
         # Once it may be on its way to us; twice, a connection that broke has swallowed it.
         missing = there > len(self.known().union(entry.id for entry in found))
@@ -226,6 +228,16 @@ class Kept(Flow):
             self._put(found)
             if self._missed > 1 and not self.reads:
                 await self._recover()
+
+    async def _give_up(self) -> None:
+        """Forget what others took over while nothing was heard of us."""
+        known = set(self.open)
+        lost = known.difference(await self.held())
+        self.open -= lost
+        if any(entry.id in lost for entry in self.waiting):
+            left = [entry for entry in self.waiting if entry.id not in lost]
+            self.waiting.clear()
+            self.waiting.extend(left)
 
     async def claim(self, room: int, dead_room: int) -> tuple[list[Entry], bool, float, int]:
         """The sign of life.
@@ -308,6 +320,15 @@ class Kept(Flow):
     async def nack(self, ids: list[bytes], ms: int, fresh: int) -> None:
         """Have messages delivered again so many milliseconds later."""
         raise NotImplementedError
+
+    async def ours(self, raws: list[Any], /) -> list[Any]:
+        while asyncio.get_running_loop().time() - self.beaten > self.ack_wait:
+            try:
+                await self.tick()
+            except FAILED as error:
+                log.debug("%s: %s", self.where, reason_of(error))
+                await asyncio.sleep(PAUSE)
+        return [raw for raw in raws if raw.id in self.open]
 
     async def begun(self, raw: Any, /) -> bool:
         key = self.key("begun")

@@ -388,6 +388,46 @@ async def test_work_that_outlasts_its_partition_is_fenced(kafka: Any) -> None:
     await second.stop()
 
 
+async def test_a_retry_in_place_ends_where_the_partition_went(kafka: Any) -> None:
+    topic = unique()
+    gate, got = asyncio.Event(), list[tuple[str, int, int]]()
+    first, second = make(kafka, graceful_timeout=0.1), make(kafka, graceful_timeout=0.1)
+    common: dict[str, Any] = {
+        "group_id": topic,
+        "concurrency": 2,
+        "partition_assignment_strategy": "range",
+        "heartbeat_interval_ms": 100,
+        "revoke_timeout_ms": 200,
+        "retry": Retry(attempts=3, delay=0.1),
+    }
+
+    @first.subscriber(Topic(topic, 2), **common)
+    async def failing(body: int, message: KafkaMessage) -> None:
+        got.append(("first", body, message.attempt))
+        await gate.wait()
+        raise ValueError("never")
+
+    @second.subscriber(Topic(topic, 2), **common)
+    async def working(body: int, message: KafkaMessage) -> None:
+        got.append(("second", body, message.attempt))
+        await asyncio.sleep(30)
+
+    await first.start()
+    for partition in (0, 1):
+        await first.publish(partition, topic, key=f"{partition}", partition=partition)
+    await eventually(lambda: len(got) == 2)
+    await second.start()  # and takes one of the two, whose message still runs in the first
+    await eventually(lambda: any(who == "second" for who, *_ in got), 10)
+    [moved] = [body for who, body, _ in got if who == "second"]
+    gate.set()
+    stayed = 1 - moved
+    await eventually(lambda: ("first", stayed, 3) in got)
+    await asyncio.sleep(0.5)  # longer than the backoff
+    await first.stop()
+    await second.stop()
+    assert [attempt for who, body, attempt in got if (who, body) == ("first", moved)] == [1]
+
+
 async def _is(found: Any, wanted: int) -> bool:
     return bool(await found == wanted)
 

@@ -11,7 +11,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from millstream.ack import Settlement
 from millstream.errors import SetupError
 from millstream.message import Link
-from millstream.nats import JStream, PullSub
+from millstream.nats import JStream, NatsBroker, PullSub
 from millstream.nats.consumer import durable_name
 from millstream.nats.message import NatsStreamMessage
 from millstream.nats.options import NatsSubscription
@@ -511,3 +511,35 @@ async def test_other_filters_of_a_durable(bench):
     await bench.subscribe(f"{name}.c", stream=stream, durable="d")
     have = (await info(bench, name, "d")).config
     assert have.filter_subject == f"{name}.c" and not have.filter_subjects
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+async def test_what_waited_past_its_deadline_is_not_begun(bench, concurrency):
+    """A process that stood still leaves to the next delivery what it had not begun."""
+    name, begun, fetched = unique(), list[tuple[int, int]](), asyncio.Event()
+    broker = NatsBroker(bench.driver.describe())
+
+    @broker.subscriber(
+        name,
+        stream=name,
+        durable="d",
+        config=ConsumerConfig(ack_wait=1.0),
+        concurrency=concurrency,
+        ordered_by=lambda message: "one",
+    )
+    async def handle(body: int, message: NatsStreamMessage) -> None:
+        begun.append((body, message.delivery_count))
+        if len(begun) == 1:
+            await fetched.wait()
+            time.sleep(1.5)  # longer than a deadline, and shorter than two
+
+    await broker.start()
+    for n in range(3):
+        await broker.publish(n, name, stream=name)
+    [subscription] = broker.subscriptions
+    await eventually(lambda: subscription._lanes.waiting == 2)
+    fetched.set()
+    await eventually(lambda: len(begun) >= 3)
+    await settled(bench, name, "d")
+    await broker.stop()
+    assert sorted(n for n, _ in begun if n) == [1, 2], begun

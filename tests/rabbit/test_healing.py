@@ -220,6 +220,33 @@ async def test_a_closed_connection_is_made_again(server: RabbitServer) -> None:
         await service.has(2)
 
 
+async def test_what_waited_here_when_its_channel_was_lost_is_not_begun(
+    server: RabbitServer,
+) -> None:
+    """It is delivered again, to whom the server likes."""
+    service = Service(server, concurrency=3, ordered_by=lambda message: "one")
+    gate = asyncio.Event()
+
+    async def work(body: int) -> None:
+        if len(service.counts) == 1:
+            await gate.wait()
+            raise ValueError("no other attempt in place, either")
+
+    service.work = work  # type: ignore[method-assign]
+    async with service:
+        await service.send(0, 1, 2)
+        [subscription], [flow] = service.broker.subscriptions, service.broker.driver.flows
+        lanes, before = subscription._lanes, flow._wire
+        await eventually(lambda: lanes is not None and lanes.waiting == 2, 10)
+        abort(service.broker.driver.consuming.connection)
+        await eventually(lambda: flow._wire not in (None, before), 10)
+        gate.set()
+        await service.has(0, 1, 2)
+        await asyncio.sleep(1.5)  # longer than the attempt in place would wait
+    assert service.got == [0, 1, 2]
+    assert service.counts == [1, 2, 2, 2]
+
+
 async def test_callbacks_get_the_connection(server: RabbitServer) -> None:
     calls: list[tuple[Any, ...]] = []
 

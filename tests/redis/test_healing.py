@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from typing import Any
 
@@ -223,3 +224,49 @@ async def test_a_stopped_broker_can_start_again(broker: RedisBroker, name: str) 
         await broker.stop()
         with pytest.raises(NotConnected):
             await broker.publish(0, stream=name)
+
+
+@pytest.mark.parametrize("kind", ["stream", "list"])
+async def test_what_waited_in_a_lane_while_the_process_stood_still_is_not_begun(
+    redis_server: RedisServer, kind: str
+) -> None:
+    name, begun, fetched = unique(), list[tuple[str, int]](), asyncio.Event()
+
+    def make(process: str) -> RedisBroker:
+        broker = RedisBroker(redis_server.url)
+        source: Any = (
+            {"stream": StreamSub(name, group="g", ack_wait=1.0, last_id="0")}
+            if kind == "stream"
+            else {"list": ListSub(name, ack_wait=1.0)}
+        )
+
+        @broker.subscriber(**source, ordered_by=lambda message: "one")
+        async def handle(body: int) -> None:
+            begun.append((process, body))
+            if len(begun) == 1:
+                await fetched.wait()
+                other.start()
+                time.sleep(3)
+
+        return broker
+
+    async def serve() -> None:
+        broker = make("other")
+        await broker.start()
+        await eventually(lambda: len(begun) >= 4, 10)
+        await asyncio.sleep(1)  # the first has woken up
+        await broker.stop()
+
+    other = threading.Thread(target=lambda: asyncio.run(serve()))
+    broker = make("first")
+    await broker.start()
+    for n in range(3):
+        await broker.publish(n, **{kind: name})
+    [subscription] = broker.subscriptions
+    lanes = subscription._lanes
+    await eventually(lambda: lanes is not None and lanes.waiting == 2)
+    fetched.set()
+    await eventually(lambda: len(begun) >= 4, 10)
+    await asyncio.to_thread(other.join)
+    await broker.stop()
+    assert begun == [("first", 0), *(("other", n) for n in range(3))]

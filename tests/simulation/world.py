@@ -331,6 +331,9 @@ class World:
         fate = item.fate(tried)
         if self.healed and fate in ("deaf", "abort"):
             fate = "ok"
+        task = asyncio.current_task()
+        if fate == "hang" and task is not None and task.cancelling():
+            fate = "ok"  # one of the batch ignored the cancellation, and no other comes
         outcome = "cancelled"
         try:
             if item.work:

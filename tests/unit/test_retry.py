@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ from millstream import (
     SetupError,
     SkipMessage,
 )
-from millstream.memory import MemoryBroker
+from millstream.memory import MemoryBroker, MemoryBus
 from millstream.testing import TestBroker
+from tests.helpers import eventually
 
 
 def test_the_backoff_grows_to_its_cap_and_jitter_only_lengthens() -> None:
@@ -58,6 +60,75 @@ async def test_a_retry_in_place_keeps_the_order() -> None:
         assert [v for v, _ in got] == [1]
         await test.clock.advance(21)
         assert [v for v, _ in got] == [1, 1, 1, 2]
+
+
+async def test_a_retry_in_place_ends_where_the_message_became_another_process_s() -> None:
+    bus, attempts = MemoryBus(), list[tuple[str, int]]()
+    brokers = {name: MemoryBroker(bus=bus) for name in ("first", "second")}
+    retry = Retry(attempts=2, delay=0.1, where="lane")
+
+    def declare(name: str, broker: MemoryBroker) -> None:
+        @broker.subscriber("in", durable="d", ack_deadline=0.2, retry=retry)
+        async def handler(value: int, message: Message[Any]) -> None:
+            attempts.append((name, message.attempt))
+            if message.attempt == 1:
+                time.sleep(0.5)  # nobody pushes the deadline back meanwhile
+            raise ValueError("never")
+
+    for name, broker in brokers.items():
+        declare(name, broker)
+        await broker.start()
+    await brokers["first"].publish(1, "in")
+    await eventually(lambda: bus.records("in.dlq"))
+    await asyncio.sleep(0.2)  # as long as another attempt of the first would take
+    for broker in brokers.values():
+        await broker.stop()
+    assert [number for _, number in attempts] == [1, 2]
+    assert len({name for name, _ in attempts}) == 2
+    [letter] = bus.records("in.dlq")
+    assert letter.headers["ms-attempts"] == "2"
+
+
+async def test_what_waited_in_a_lane_past_its_deadline_is_not_begun() -> None:
+    broker, begun, fetched = MemoryBroker(), list[tuple[int, int]](), asyncio.Event()
+
+    @broker.subscriber("in", durable="d", ack_deadline=0.2, ordered_by=lambda message: "one")
+    async def handler(value: int, message: Message[Any]) -> None:
+        begun.append((value, message.attempt))
+        if len(begun) == 1:
+            await fetched.wait()
+            time.sleep(0.5)  # nobody pushes a deadline back meanwhile
+            await asyncio.sleep(0.01)
+
+    await broker.start()
+    for value in range(3):
+        await broker.publish(value, "in")
+    [subscription] = broker.subscriptions
+    lanes = subscription._lanes
+    await eventually(lambda: lanes is not None and lanes.waiting == 2)
+    fetched.set()
+    await eventually(lambda: len(begun) == 3)
+    await broker.stop()
+    assert begun == [(0, 1), (1, 2), (2, 2)]
+
+
+async def test_a_message_that_its_handler_settled_is_not_tried_again_in_place(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broker, attempts = MemoryBroker(), list[int]()
+
+    @broker.subscriber("in", durable="d", retry=Retry(attempts=3, delay=0, where="lane"))
+    async def handler(value: int, message: Message[Any]) -> None:
+        attempts.append(message.attempt)
+        await message.ack()
+        raise ValueError("too late")
+
+    await broker.start()
+    await broker.publish(1, "in")
+    await eventually(lambda: attempts)
+    await broker.stop()
+    assert attempts == [1]
+    assert "failed after it was settled" in caplog.text
 
 
 async def test_a_plain_source_retries_only_if_asked() -> None:
