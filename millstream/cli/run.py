@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import inspect
 import logging
 import os
@@ -11,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from .. import logging as setup
@@ -26,6 +28,8 @@ from .sockets import BindError
 from .target import Target, TargetError, UserCodeError, find, own_traceback
 
 log = logging.getLogger("millstream.run")
+#: Thresholds of the garbage collector while everything is imported, which leaves little garbage.
+_RARELY = (100_000, 100, 100)
 #: Seconds that tasks and threads may go on after the application's end, at least.
 LEAVE = 0.25
 
@@ -61,6 +65,24 @@ class _Limit:
         logging.shutdown()
         sys.stdout.flush()
         os._exit(FAILED)
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Afterwards no collection walks through what was made in the block, which stays.
+
+    With a FastAPI application that is 100,000 objects, and each full collection would stop the
+    event loop for 40 ms. An application that set the thresholds itself keeps them.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(*_RARELY)
+    try:
+        yield
+    finally:
+        if gc.get_threshold() == _RARELY:
+            gc.set_threshold(*before)
+    gc.collect()
+    gc.freeze()
 
 
 def execute(options: RunOptions, channel: Channel | None = None) -> int:
@@ -144,7 +166,8 @@ async def _run(
     channel: Channel | None,
     limit: _Limit,
 ) -> int:
-    target = await build()
+    with _importing():
+        target = await build()
     configure_logging(options)
     brokers = target.brokers
     grace = max((broker.graceful_timeout for broker in brokers), default=15.0)

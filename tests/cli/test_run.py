@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import signal
@@ -53,6 +54,34 @@ def test_an_async_factory(run: Run, plain: str) -> None:
     process = run("run", "main:create_async", "--factory", "--loop", "asyncio")
     process.expect(r"Millstream runs: nats://.*\(0 subscriptions\)")
     assert process.stop(signal.SIGINT) == 0
+
+
+@pytest.mark.parametrize("own", [(), (900, 9, 9)])
+def test_collections_leave_out_what_was_imported(
+    run: Run, tmp_path: Path, own: tuple[int, ...]
+) -> None:
+    write(
+        tmp_path,
+        main=f"""
+import gc
+from millstream import Millstream
+from millstream.memory import MemoryBroker
+
+if {own}:
+    gc.set_threshold(*{own})
+app = Millstream(MemoryBroker())
+
+
+@app.after_startup
+async def tell():
+    few = len(gc.get_objects()) < 10_000
+    print(gc.get_threshold(), gc.get_freeze_count() > 10_000, few, flush=True)
+""",
+    )
+    process = run("run", "main:app")
+    usual = own or gc.get_threshold()
+    process.expect(re.escape(f"{usual} True True"))
+    assert process.stop() == 0
 
 
 def test_extra_options_reach_the_hooks(run: Run, plain: str) -> None:
