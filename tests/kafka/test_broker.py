@@ -15,7 +15,14 @@ import pytest
 from confluent_kafka import Consumer, Producer
 
 from millstream import Batch, BatchFailed, Response, Retry
-from millstream.errors import MessageTooLarge, PublishError, SetupError, SetupErrors, StateError
+from millstream.errors import (
+    ConnectError,
+    MessageTooLarge,
+    PublishError,
+    SetupError,
+    SetupErrors,
+    StateError,
+)
 from millstream.kafka import (
     KafkaBroker,
     KafkaMessage,
@@ -26,6 +33,7 @@ from millstream.kafka import (
     by_partition,
 )
 from tests.helpers import eventually, eventually_sync, unique
+from tests.servers import free_port
 
 
 def make(kafka: Any, **options: Any) -> KafkaBroker:
@@ -569,6 +577,7 @@ def test_what_is_wrong_is_said_at_once(kafka: Any) -> None:
         ({"topics": (), "partitions": ["a"]}, "'a' is str, not TopicPartition"),
         ({"topics": (), "partitions": [TopicPartition("a", 0, -5)]}, "-2 for the beginning"),
         ({"batch": 5}, "batch: 5 is int"),
+        ({"max_workers": "3"}, "max_workers: '3' is str, not int or None"),
         ({"batch": True, "max_records": 0}, "max_records=0"),
         ({"revoke_timeout_ms": -1}, "revoke_timeout_ms=-1"),
         ({"on_assign": "function"}, "is no function"),
@@ -596,6 +605,8 @@ async def handle(body: Any) -> None: ...
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        ({"linger_ms": "5"}, "KafkaBroker: linger_ms='5' is str, not int"),
+        ({"transactional_id": 7}, "transactional_id=7 is int, not str or None"),
         ({"acks": "most"}, "'all', 1 or 0"),
         ({"acks": 1, "enable_idempotence": True}, "leave out one"),
         ({"acks": 0, "transactional_id": "a"}, "leave out one"),
@@ -636,6 +647,19 @@ async def test_what_the_library_refuses_is_said(kafka: Any, client: str, caplog:
         await eventually(lambda: "group.min.session.timeout.ms" in caplog.text, 10)
     finally:
         await broker.stop()
+
+
+async def test_who_is_not_there_is_told_with_the_reason(caplog: Any) -> None:
+    gone = f"127.0.0.1:{free_port()}"
+    with pytest.raises(ConnectError, match="Connection refused") as caught:
+        await KafkaBroker(gone, startup_timeout=3).connect()
+    assert str(caught.value).startswith(f"{gone}: Connect to ")
+    assert "Connection refused; next try in" in caplog.text  # within the 3 s
+    both = KafkaBroker([gone, "nowhere.invalid:9092"], startup_timeout=0)
+    with pytest.raises(ConnectError) as caught:
+        await both.connect()
+    assert f"{gone}: Connect to" in str(caught.value)
+    assert "nowhere.invalid:9092: Failed to resolve" in str(caught.value)
 
 
 async def test_settings_of_the_library_that_are_none(kafka: Any) -> None:
