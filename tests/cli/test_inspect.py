@@ -180,7 +180,14 @@ async def handle(body: dict) -> None: ...
     write(tmp_path, main=code)
     shown = json.loads(command("show", "main:app", "--json", folder=tmp_path).stdout)
     found = [s["dead_letter"] for b in shown["brokers"] for s in b["subscriptions"]]
-    wanted = {"sensors/room/dlq", "orders.dlq", "audit.vd.dlq", "bin", None, "stream:events.dlq"}
+    wanted = {
+        "sensors/room/temp/dlq",
+        "orders.dlq",
+        "audit.vd.dlq",
+        "bin",
+        None,
+        "stream://events.dlq",
+    }
     assert set(found) == wanted
 
 
