@@ -50,8 +50,8 @@ def reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
     """The function from a message to the decoded body, or from a batch to a list of them."""
     if site.spec is None or site.spec.batch is None:
         return single_reader(site, type_, default)
-    known = isinstance(type_, type) and type_ is not Any and type_ is not object
-    if known and not issubclass(type_, Sequence):
+    kind = type_ if isinstance(type_, type) and type_ is not Any else object
+    if kind is not object and not issubclass(kind, Sequence):
         raise SignatureError(
             f"the body of a batch is a list, not {show_type(type_)}",
             where=f"{site.name} ({site.where})",

@@ -57,7 +57,10 @@ _NO_KERBEROS = (
 #: What a question fails with that no broker was there to answer.
 _UNREACHED = ("_TRANSPORT", "_TIMED_OUT", "_ALL_BROKERS_DOWN", "_RESOLVE")
 #: Of what the library says of a server: which one it is, why, and what only its authors need.
-_REASON = re.compile(r"(?:\w+://)?(\S+)/\w+: (.*?)(?: \(after \d+ms in state [^)]*\))?$", re.S)
+_REASON = re.compile(
+    r"(?:\w+Coordinator: )?(?:\w+://)?(\S+?:\d+)(?:/\w+)?: (.*?)(?: \(after \d+ms in state .*\))?$",
+    re.S,
+)
 #: What a broker says of a partition while its leader is chosen.
 _MOVING = {
     KafkaError.NOT_LEADER_FOR_PARTITION,
@@ -150,7 +153,7 @@ class Client:
         self._fatal: Broken | None = None
         #: Why brokers refused to talk to us, in this attempt to connect.
         self.refusals: list[str] = []
-        #: Server → why it was not reached, in this attempt to connect.
+        #: Server → why it was not reached, in this attempt to connect or since that was told.
         self.misses: dict[str, str] = {}
         #: Whether all of them were tried, in this attempt to connect.
         self._nobody = False
@@ -177,9 +180,8 @@ class Client:
             if self.refusals:
                 raise Broken(self.refusals[0], "_AUTHENTICATION") from error
             if self.misses and reason.code in _UNREACHED:
-                text = "; ".join(f"{server}: {why}" for server, why in self.misses.items())
-                if len(self.misses) == 1:  # whoever catches this says which server was asked
-                    text = next(iter(self.misses.values()))
+                one = len(self.misses) == 1  # whoever catches this says which server was asked
+                text = next(iter(self.misses.values())) if one else self._missed()
                 raise Broken(text, reason.code) from error
             raise reason from error
 
@@ -258,8 +260,17 @@ class Client:
         elif error.code() == KafkaError._ALL_BROKERS_DOWN:
             self._nobody = True
         if error.code() in (KafkaError._ALL_BROKERS_DOWN, KafkaError._AUTHENTICATION):
-            self.tell(self._down, error.str())
+            self.tell(self._tell_down, error.str())
         log.debug("%s", error)
+
+    def _missed(self) -> str:
+        return "; ".join(f"{server}: {why}" for server, why in list(self.misses.items()))
+
+    def _tell_down(self, reason: str) -> None:
+        if self._open and self.misses:  # which servers, by the addresses that they tell themselves
+            reason = self._missed()
+            self.misses.clear()
+        self._down(reason)
 
     def tell(self, function: Callable[..., Any], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more

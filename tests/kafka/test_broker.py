@@ -34,6 +34,7 @@ from millstream.kafka import (
 )
 from tests.helpers import eventually, eventually_sync, unique
 from tests.servers import free_port
+from tests.servers.kafka import KafkaServer
 
 
 def make(kafka: Any, **options: Any) -> KafkaBroker:
@@ -660,6 +661,17 @@ async def test_who_is_not_there_is_told_with_the_reason(caplog: Any) -> None:
         await both.connect()
     assert f"{gone}: Connect to" in str(caught.value)
     assert "nowhere.invalid:9092: Failed to resolve" in str(caught.value)
+
+
+async def test_an_address_that_a_node_tells_in_vain_is_named(caplog: Any) -> None:
+    with KafkaServer(proxied="PLAINTEXT") as server:  # but nobody stands between
+        broker = KafkaBroker(f"127.0.0.1:{server.inside}")
+        try:
+            await broker.connect()
+            told = f"connection lost: 127.0.0.1:{server.outside}: Connect to"
+            await eventually(lambda: told in caplog.text, 10)
+        finally:
+            await broker.stop()
 
 
 async def test_settings_of_the_library_that_are_none(kafka: Any) -> None:
