@@ -105,7 +105,8 @@ def split_options(
     """
     known_options(options, kind, owner)
     for name, value in options.items():
-        if name not in TIMEOUTS:  # which have a check of their own
+        # Where a value is None the default is meant; the timeouts have a check of their own.
+        if value is not None and name not in TIMEOUTS:
             _check_plain(owner, name, value, kind.__annotations__[name])
     own = dict(options)
     common = {key: own.pop(key) for key in BrokerOptions.__annotations__ if key in own}

@@ -131,6 +131,7 @@ class MqttBroker(MqttEndpoints, Broker):
 
     def __init__(self, url: str = "mqtt://localhost:1883", **options: Unpack[MqttConnect]) -> None:
         given, common = split_options(options, MqttConnect, type(self).__name__)
+        given = {name: value for name, value in given.items() if value is not None}
         for name in _SAME.keys() & given.keys():
             given.setdefault(_SAME[name], given[name])
         for name in _ENDLESS:

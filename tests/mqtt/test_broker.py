@@ -556,6 +556,7 @@ def test_host_and_port_instead_of_the_address() -> None:
     assert MqttBroker("localhost", port=2883).driver.describe() == "mqtt://localhost:2883"
     assert MqttBroker(host="sea.example").driver.describe() == "mqtt://sea.example:1883"
     assert MqttBroker("mqtts://a", host="b").driver.describe() == "mqtts://b:8883"
+    assert MqttBroker(port=None, keepalive=None).driver.settings.keepalive == 20  # type: ignore[arg-type]
     assert MqttRouter("mqtt://a:1", port=2).broker.driver.describe() == "mqtt://a:2"
 
 
