@@ -31,9 +31,9 @@ from .errors import (
     StopConsume,
 )
 from .hooks import apply_types
-from .message import Message, current_message
+from .message import Message, StreamMessage, current_message
 from .middleware import BaseMiddleware, ExceptionMiddleware, Middleware
-from .params import Context, Depends, Header, Logger, Path
+from .params import Context, Depends, Header, Logger, NoCast, Path
 from .publisher import Publisher, Response
 from .retry import DeadLetter, Exponential, Retry
 from .subscriber import Handler, Subscriber
@@ -42,8 +42,6 @@ if _TYPE_CHECKING:
     from .testing import TestApp
 
 __version__ = "0.1.0"
-
-StreamMessage = Message
 
 __all__ = [
     "JSON",
@@ -75,6 +73,7 @@ __all__ = [
     "MillstreamError",
     "MsgPack",
     "NackMessage",
+    "NoCast",
     "Path",
     "PublishCommand",
     "Publisher",

@@ -23,6 +23,8 @@ class Settlement(enum.Enum):
     REJECT = "reject"
     #: Nothing is said: the broker's own deadline decides.
     NONE = "none"
+    # Under the names of other frameworks.
+    ACKED, NACKED, REJECTED = ACK, NACK, REJECT
 
 
 class AckPolicy(enum.Enum):

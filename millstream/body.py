@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .codec import Codec, any_decoder, as_decode_error, converter, uses_pydantic
+from .codec import Codec, any_decoder, as_decode_error, converter, show_type, uses_pydantic
 from .errors import SetupError, SignatureError
 from .params import MISSING, Param
 from .signature import read_params
@@ -50,6 +50,13 @@ def reader(site: Site, type_: Any, default: Any) -> Callable[[Any], Any]:
     """The function from a message to the decoded body, or from a batch to a list of them."""
     if site.spec is None or site.spec.batch is None:
         return single_reader(site, type_, default)
+    kind = type_ if isinstance(type_, type) and type_ is not Any else object
+    if kind is not object and not issubclass(kind, Sequence):
+        raise SignatureError(
+            f"the body of a batch is a list, not {show_type(type_)}",
+            where=f"{site.name} ({site.where})",
+            fix=f"annotate it with list[{show_type(type_)}]",
+        )
     read_one = single_reader(site, element(type_), MISSING)
     parts = reading_parts(site, element(type_), MISSING)
     if parts is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .errors import DecodeError, HandlerException, NackMessage, SetupError, StopConsume
+from .errors import DecodeError, IgnoredException, NackMessage, SetupError
 from .message import Message
 from .middleware import Call
 
@@ -68,7 +68,7 @@ class Circuit:
             probe = self.state != "closed" and await self._wait_for_turn()
             try:
                 result = await call(message)
-            except (HandlerException, StopConsume, DecodeError, asyncio.CancelledError):
+            except (IgnoredException, DecodeError, asyncio.CancelledError):
                 if probe:
                     self._free()  # for the next one
                 raise  # the handler's word, or the sender's fault: says nothing of an outage

@@ -100,13 +100,42 @@ def split_options(
     """A broker's own options with its ``publish_timeout``, and those of every broker.
 
     Raises:
-        SetupError: the TypedDict ``kind`` has no such option.
+        SetupError: the TypedDict ``kind`` has no such option, or it is of another type.
     """
     known_options(options, kind, owner)
+    for name, value in options.items():
+        # Where a value is None the default is meant; the timeouts have a check of their own.
+        if value is not None and name not in TIMEOUTS:
+            _check_plain(owner, name, value, kind.__annotations__[name])
     own = dict(options)
     common = {key: own.pop(key) for key in BrokerOptions.__annotations__ if key in own}
     own["publish_timeout"] = common.get("publish_timeout", TIMEOUTS["publish_timeout"])
     return own, cast(BrokerOptions, common)
+
+
+#: The types that can be told from how an annotation is written.
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "None": (type(None),),
+}
+
+
+def _check_plain(owner: str, name: str, value: Any, annotation: Any) -> None:
+    """Raise a SetupError for a value that is not of its option's type, where that is plain."""
+    text = str(getattr(annotation, "__forward_arg__", annotation))
+    names = text.split(" | ")
+    if names == ["None"] or not all(name in _PLAIN for name in names):
+        return  # what is None alone is refused by its broker, with its own advice
+    wanted = [kind for name in names for kind in _PLAIN[name]]
+    if not isinstance(value, tuple(wanted)) or (isinstance(value, bool) and bool not in wanted):
+        raise SetupError(
+            f"{owner}: {name}={value!r} is {type(value).__name__}, not {' or '.join(names)}",
+            code="MS121",
+            where=caller(),
+        )
 
 
 class Broker(Endpoints):

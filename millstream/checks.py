@@ -10,6 +10,10 @@ from .errors import SetupError
 from .retry import Retry
 from .signature import user_frame
 
+_RESPONSE = (
+    *("include", "exclude", "by_alias"),
+    *("exclude_unset", "exclude_defaults", "exclude_none"),
+)
 #: Options of other frameworks that are none here, and what does their work.
 INSTEAD = {
     **dict.fromkeys(
@@ -35,6 +39,15 @@ INSTEAD = {
     **dict.fromkeys(
         ("callback", "on_delivery"), "leave it out; await publish(...) ends when it is confirmed"
     ),
+    **dict.fromkeys(
+        ("schema_url", "specification", "specification_tags"),
+        "leave it out; there are no AsyncAPI documents in this version",
+    ),
+    **dict.fromkeys(
+        ("response_model", *(f"response_model_{part}" for part in _RESPONSE)),
+        "leave it out; the handler returns what is to be sent",
+    ),
+    "persistent": "leave it out",
     "apply_types": "leave it out; what is not annotated is not converted",
     "id_generator": "leave it out; publish(correlation_id=...) sets one",
     "log_level": "leave it out; set the level of the logger 'millstream'",

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import msgspec
+from msgspec.inspect import CustomType, type_info
 
 from .errors import DecodeError, EncodeError, SetupError
 
@@ -149,6 +150,12 @@ class _Format:
         if uses_pydantic(type_):
             return self._validator(_adapter(type_))
         _supported(type_)
+        if type(type_) is type and isinstance(type_info(type_), CustomType):
+            raise SetupError(
+                f"no body can be read as {show_type(type_)}",
+                fix="a Struct, dataclass, TypedDict, pydantic model or builtin is; for others, "
+                "give codec= or decoder=",
+            )
         return cast("Decode", self.module.Decoder(type_, dec_hook=_custom).decode)
 
     def encode(self, value: Any, /) -> tuple[bytes, str | None]:

@@ -418,12 +418,20 @@ class Driver(Protocol):
         """The class that wraps raw replies."""
         ...
 
+    def letters_at(self, spec: SubscriptionSpec, name: str | None) -> str:
+        """The address of a subscription's dead letters, told without a connection.
+
+        ``name`` is the one the user gave; None means the default, ``{source}.dlq``.
+
+        Raises:
+            SetupError: there can be none.
+        """
+        ...
+
     async def dead_letter(
         self, spec: SubscriptionSpec, name: str | None, *, declare: bool = True
     ) -> str:
-        """The address of a subscription's dead letters, made ready to take them.
-
-        ``name`` is the one the user gave; None means the default, ``{source}.dlq``. What is
+        """The same, made ready to take them; another one if a server has that already. What is
         stored there must outlive this process where the source itself does. Without
         ``declare`` the address is only told, and nothing is made.
         """

@@ -251,7 +251,11 @@ class BatchFailed(MillstreamError):
         super().__init__(f"{len(self.errors)} messages of the batch failed")
 
 
-class HandlerException(MillstreamError):
+class IgnoredException(MillstreamError):
+    """No failure: what a handler raises to say what becomes of its message or subscription."""
+
+
+class HandlerException(IgnoredException):
     """Raised by a handler to settle its message; keyword arguments go to the broker's call."""
 
     def __init__(self, **options: Any) -> None:
@@ -275,7 +279,7 @@ class SkipMessage(HandlerException):
     """Stop handling the message and leave it unsettled."""
 
 
-class StopConsume(MillstreamError):
+class StopConsume(IgnoredException):
     """Stop the subscription that this handler belongs to; its message is handed back."""
 
 
@@ -284,6 +288,7 @@ class StopApplication(SystemExit):
 
 
 # The names under which users of the closest peer know these.
+FastStreamException = MillstreamError
 IncorrectState = StateError
 FeatureNotSupportedException = CapabilityError
 SubscriberNotFound = HandlerNotFound

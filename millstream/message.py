@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from .ack import Settlement
+from .codec import JSON, any_decoder
 from .errors import MillstreamError
 
 if TYPE_CHECKING:
@@ -234,6 +235,21 @@ class Message(Generic[RawT]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.destination!r} {len(self.body)} bytes>"
 
+
+_decode = any_decoder(JSON())
+
+
+def decode_message(message: Message[Any]) -> Any:
+    """The body by its content type: JSON, text or bytes; for a ``decoder=`` of one's own.
+
+    Raises:
+        Exception: whatever a reader of that type raises for a body that is none.
+    """
+    return _decode(message.body, message.content_type)
+
+
+# Under the names of other frameworks.
+StreamMessage, AckStatus = Message, Settlement
 
 _marked = operator.attrgetter("marked")
 

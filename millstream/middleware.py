@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import DecodeError, HandlerException, SetupError, StopConsume
+from .errors import DecodeError, IgnoredException, SetupError
 from .message import Message, current
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class ExceptionMiddleware(Middleware):
         async def call(msg: Message[Any]) -> Any:
             try:
                 return await call_next(msg)
-            except (HandlerException, StopConsume):
+            except IgnoredException:
                 raise
             except Exception as error:
                 known: list[BaseException] = [error]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -129,6 +129,20 @@ class Depends(Marker):
 
     def __repr__(self) -> str:
         return f"Depends({getattr(self.dependency, '__name__', self.dependency)})"
+
+
+class _NoCast:
+    """What marks an annotation that is for people only."""
+
+
+T = TypeVar("T")
+#: ``NoCast[T]``: takes the value as it comes, and checks and converts nothing.
+NoCast = Annotated[T, _NoCast()]
+
+
+def is_uncast(extra: Any) -> bool:
+    """Whether it is the mark of :data:`NoCast`."""
+    return isinstance(extra, _NoCast)
 
 
 Logger = Annotated[types.LoggerLike, Context("logger")]

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from .errors import SignatureError
-from .params import MISSING, Marker, Param
+from .params import MISSING, Marker, Param, is_uncast
 
 
 def unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,7 +153,9 @@ def read_params(
         markers: tuple[Any, ...] = ()
         if typing.get_origin(declared) is typing.Annotated:
             annotation, *extras = typing.get_args(declared)
-            markers = tuple(extras)
+            markers = tuple(extra for extra in extras if not is_uncast(extra))
+            if len(markers) < len(extras):
+                annotation = declared = Any
         default = parameter.default
         if default is not MISSING and looks_like_marker(default):
             markers, default = (*markers, default), MISSING

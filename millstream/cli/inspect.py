@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
@@ -106,6 +107,10 @@ def _describe(subscription: Subscription) -> dict[str, Any]:
     entries = subscription.subscriber.entries
     failing = subscription.failing
     letter = failing.dead_letter
+    address: str | None = None
+    if letter is not None:
+        with contextlib.suppress(SetupError):  # a mistake that is told where it matters
+            address = subscription.broker.driver.letters_at(spec, letter.destination)
     publishers = [p for entry in entries for p in entry.handler.publishers]
     chain = subscription.scope.chain
     policy = None if failing.row is UNSETTLED and not failing.retries else failing.policy.value
@@ -119,7 +124,7 @@ def _describe(subscription: Subscription) -> dict[str, Any]:
         "attempts": failing.retry.attempts if failing.retries else 1,
         "concurrency": spec.lanes,
         "guarantee": "at-most-once" if failing.policy is AckPolicy.ACK_FIRST else spec.guarantee,
-        "dead_letter": None if letter is None else letter.destination or f"{spec.destination}.dlq",
+        "dead_letter": address,
         "publishes_to": [p.publication(chain).spec.destination for p in publishers],
     }
 

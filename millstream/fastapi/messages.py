@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
-from ..errors import DecodeError, HandlerException, SignatureError, StopConsume
+from ..errors import DecodeError, IgnoredException, SignatureError
 from ..message import BatchMessage, Message
 from ..middleware import Call, Middleware
 from ..params import MISSING, Bound, Context, Param
@@ -285,7 +285,7 @@ class AppExceptions(Middleware):
         async def call(message: Message[Any]) -> Any:
             try:
                 return await call_next(message)
-            except (HandlerException, StopConsume):
+            except IgnoredException:
                 raise
             except Exception as error:
                 if await _handled(error, message, site, source.streams):

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import re
 import threading
 import time
 from collections import deque
@@ -42,6 +43,8 @@ log = logging.getLogger("millstream.kafka")
 MOST = 2000
 #: Seconds for one question to the cluster.
 ASK = 5.0
+#: The same where no server was reached at first: it may be by another of its addresses.
+SOON = 1.5
 #: Seconds between two looks whether we were refused.
 GREET = 0.5
 #: Seconds between two looks for delivery reports; an end waits for it.
@@ -50,6 +53,13 @@ REPORTS = 0.05
 _NO_KERBEROS = (
     "this confluent-kafka was built without Kerberos, as its wheels are: build it against a "
     "librdkafka with libsasl2, or use client='aiokafka' with the package gssapi"
+)
+#: What a question fails with that no broker was there to answer.
+_UNREACHED = ("_TRANSPORT", "_TIMED_OUT", "_ALL_BROKERS_DOWN", "_RESOLVE")
+#: Of what the library says of a server: which one it is, why, and what only its authors need.
+_REASON = re.compile(
+    r"(?:\w+Coordinator: )?(?:\w+://)?(\S+?:\d+)(?:/\w+)?: (.*?)(?: \(after \d+ms in state .*\))?$",
+    re.S,
 )
 #: What a broker says of a partition while its leader is chosen.
 _MOVING = {
@@ -82,6 +92,13 @@ def broken(error: BaseException) -> Broken:
     if isinstance(inner, KafkaError):
         return Broken(inner.str(), inner.name(), inner.fatal())
     return Broken(str(error))
+
+
+def _reason(error: KafkaError) -> tuple[str, str]:
+    """Which server an error is about, and what is wrong with it."""
+    text = error.str()
+    found = _REASON.match(text)
+    return (found[1], found[2]) if found is not None else ("", text)
 
 
 def partitions(commits: Sequence[Commit]) -> list[TopicPartition]:
@@ -138,6 +155,10 @@ class Client:
         self._fatal: Broken | None = None
         #: Why brokers refused to talk to us, in this attempt to connect.
         self.refusals: list[str] = []
+        #: Server → why it was not reached, in this attempt to connect or since that was told.
+        self.misses: dict[str, str] = {}
+        #: Whether all of them were tried, in this attempt to connect.
+        self._nobody = False
         #: Delivery reports on their way to the loop.
         self._reports: deque[tuple[asyncio.Future[RecordMetadata], Any, Any]] = deque()
 
@@ -146,6 +167,8 @@ class Client:
     async def connect(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.refusals.clear()
+        self.misses.clear()
+        self._nobody = False
         self._pool = ThreadPoolExecutor(8, "millstream-kafka")
         try:
             self._admin = AdminClient({**self.settings, "error_cb": self.on_error})
@@ -158,6 +181,10 @@ class Client:
                 raise Broken(_NO_KERBEROS, "_AUTHENTICATION") from error
             if self.refusals:
                 raise Broken(self.refusals[0], "_AUTHENTICATION") from error
+            if self.misses and reason.code in _UNREACHED:
+                one = len(self.misses) == 1  # whoever catches this says which server was asked
+                text = next(iter(self.misses.values())) if one else self._missed()
+                raise Broken(text, reason.code) from error
             raise reason from error
 
     def _produce(self) -> None:
@@ -183,14 +210,15 @@ class Client:
 
     async def _greet(self) -> None:
         """Wait until a broker answers, or refuses us: only ``poll`` tells of that."""
-        end = time.monotonic() + ASK
+        began = time.monotonic()
         while True:
             try:
                 await self.ask(self._admin.list_topics, timeout=GREET)
                 return
             except Broken:
                 await self.ask(self._admin.poll, 0)
-                if self.refusals or time.monotonic() > end:
+                patience = SOON if self._nobody else ASK
+                if self.refusals or time.monotonic() - began > patience:
                     raise
 
     async def close(self) -> None:
@@ -228,10 +256,23 @@ class Client:
     def on_error(self, error: KafkaError) -> None:
         """Called by the library, in any of its threads."""
         if error.code() in (KafkaError._AUTHENTICATION, KafkaError._SSL):
-            self.refusals.append(error.str())
+            self.refusals.append(_reason(error)[1])
+        elif error.code() in (KafkaError._TRANSPORT, KafkaError._RESOLVE):
+            self.misses.setdefault(*_reason(error))
+        elif error.code() == KafkaError._ALL_BROKERS_DOWN:
+            self._nobody = True
         if error.code() in (KafkaError._ALL_BROKERS_DOWN, KafkaError._AUTHENTICATION):
-            self.tell(self._down, error.str())
+            self.tell(self._tell_down, error.str())
         log.debug("%s", error)
+
+    def _missed(self) -> str:
+        return "; ".join(f"{server}: {why}" for server, why in list(self.misses.items()))
+
+    def _tell_down(self, reason: str) -> None:
+        if self._open and self.misses:  # which servers, by the addresses that they tell themselves
+            reason = self._missed()
+            self.misses.clear()
+        self._down(reason)
 
     def tell(self, function: Callable[..., Any], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more

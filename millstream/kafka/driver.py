@@ -429,11 +429,14 @@ class KafkaDriver(BaseDriver):
 
     # Dead letters
 
+    def letters_at(self, spec: SubscriptionSpec, name: str | None) -> str:
+        assert isinstance(spec, KafkaSubscription)
+        return name or letters_of(spec)
+
     async def dead_letter(
         self, spec: SubscriptionSpec, name: str | None, *, declare: bool = True
     ) -> str:
-        assert isinstance(spec, KafkaSubscription)
-        address = name or letters_of(spec)
+        address = self.letters_at(spec, name)
         if declare:
             await self.client.make([Topic(address, config={"retention.ms": "-1"})])
         return address

@@ -262,6 +262,8 @@ class KafkaSubscription(KafkaOptions, frozen=True):
         _of_kind(given, "topics", str, Topic)
         _of_kind(self.partitions, "partitions", TopicPartition)
         _of_kind((self.batch,), "batch", Batch, bool, type(None))
+        _of_kind((self.concurrency,), "concurrency", int)
+        _of_kind((self.max_workers,), "max_workers", int, type(None))
         for name in ("on_assign", "on_revoke", "on_lost"):
             if not callable(getattr(self, name) or callable):
                 raise TypeError(f"{name}={getattr(self, name)!r} is no function")
@@ -407,7 +409,7 @@ _CLASSIC = ("partition_assignment_strategy", "session_timeout_ms", "heartbeat_in
 def _of_kind(values: Any, name: str, *kinds: type) -> None:
     for value in values if isinstance(values, list | tuple) else (values,):
         if not isinstance(value, kinds):
-            wanted = " or ".join(kind.__name__ for kind in kinds)
+            wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
             raise TypeError(f"{name}: {value!r} is {type(value).__name__}, not {wanted}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 import re
 import ssl
 import time
@@ -19,6 +20,8 @@ from ..security import (
     SASLScram256,
     SASLScram512,
 )
+
+_log = logging.getLogger("millstream.kafka.librdkafka")
 
 #: Seconds that a token without a time of its own is used for.
 _TOKEN = 300.0
@@ -100,6 +103,7 @@ def confluent(options: Mapping[str, Any]) -> dict[str, Any]:
         "client.id": options.get("client_id") or "millstream",
         "security.protocol": protocol,
         "log_level": 2,
+        "logger": _Lines(),
         "socket.timeout.ms": 10_000,
         "reconnect.backoff.ms": 100,
         "reconnect.backoff.max.ms": options.get("reconnect_backoff_max_ms") or 2000,
@@ -125,6 +129,16 @@ def confluent(options: Mapping[str, Any]) -> dict[str, Any]:
     if security is not None and security.ssl_context is not None:
         found |= _from_context(security.ssl_context)
     return found
+
+
+class _Lines:
+    """What librdkafka logs, which would write to standard error by itself.
+
+    All that matters of it comes as an error too, so this is for those who look closer.
+    """
+
+    def log(self, level: int, text: str, *args: object) -> None:
+        _log.debug(text, *args)
 
 
 _CONFLUENT = {

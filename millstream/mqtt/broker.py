@@ -60,6 +60,7 @@ class MqttConnect(BrokerOptions, total=False):
             larger ones (MQTT 5).
         user_properties: told to the server when connecting (MQTT 5).
         reply_prefix: where the topics of answers lie, unless the server says where; ``ms/reply``.
+        host, port: instead of what the address says.
         mqtt_connect_timeout, session_expiry_interval: ``connect_timeout`` and ``session_expiry``
             under the names of other frameworks.
         reconnect, on_connection_recovery_failed: refused, unless None: a connection comes back
@@ -82,6 +83,8 @@ class MqttConnect(BrokerOptions, total=False):
     maximum_packet_size: int | None
     user_properties: Mapping[str, str] | Any
     reply_prefix: str
+    host: str | None
+    port: int | None
     mqtt_connect_timeout: float
     session_expiry_interval: float
     reconnect: None
@@ -128,6 +131,7 @@ class MqttBroker(MqttEndpoints, Broker):
 
     def __init__(self, url: str = "mqtt://localhost:1883", **options: Unpack[MqttConnect]) -> None:
         given, common = split_options(options, MqttConnect, type(self).__name__)
+        given = {name: value for name, value in given.items() if value is not None}
         for name in _SAME.keys() & given.keys():
             given.setdefault(_SAME[name], given[name])
         for name in _ENDLESS:
@@ -162,15 +166,18 @@ def settings_of(url: str, options: dict[str, Any]) -> Settings:
     parts = urlsplit(url if "://" in url else f"mqtt://{url}")
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     try:
-        port = parts.port
+        port = parts.port if options.get("port") is None else options["port"]
     except ValueError:
         port = -1
-    if parts.scheme not in _SCHEMES or not parts.hostname or port == -1:
+    host = options.get("host") or parts.hostname
+    if parts.scheme not in _SCHEMES or not host or port == -1:
         raise SetupError(
             f"{shown!r} is no address of an MQTT server",
             fix="write mqtt://localhost:1883, or mqtts://example.com for TLS",
         )
     tls, usual = _SCHEMES[parts.scheme]
+    if port is not None and not 0 < port < 65_536:
+        raise SetupError(f"port={port}", fix="1 to 65,535")
     version = str(options.get("version", "5.0"))
     if version not in _VERSIONS:
         raise SetupError(f"version={version!r}", fix='"5.0" or "3.1.1"')
@@ -197,7 +204,7 @@ def settings_of(url: str, options: dict[str, Any]) -> Settings:
         context = ssl.create_default_context()
     pairs = options.get("user_properties", ())
     return Settings(
-        host=parts.hostname,
+        host=host,
         port=port if port is not None else 8883 if tls else usual,
         ssl=context,
         version=_VERSIONS[version],

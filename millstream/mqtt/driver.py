@@ -301,10 +301,13 @@ class MqttDriver(BaseDriver):
 
     # Dead letters
 
+    def letters_at(self, spec: SubscriptionSpec, name: str | None) -> str:
+        return name or dead_letters_of(spec)
+
     async def dead_letter(
         self, spec: SubscriptionSpec, name: str | None, *, declare: bool = True
     ) -> str:
-        address = name or dead_letters_of(spec)
+        address = self.letters_at(spec, name)
         if declare:
             topic_bytes(address)
             self._letters.add(address)

@@ -178,9 +178,15 @@ class Line:
     def _explained(self, error: OSError) -> ConnectError:
         if isinstance(error, ConnectError):
             return error
+        where = self.settings.where
         if fault := tls_fault(error):
-            return ConnectError(f"{self.settings.where}: {fault}", permanent=True)
-        return ConnectError(f"{self.settings.where}: {error or type(error).__name__}")
+            return ConnectError(f"{where}: {fault}", permanent=True)
+        what = str(error) or type(error).__name__
+        if not self._known and isinstance(error, NotConnected | ConnectionResetError):
+            # Cut off before CONNACK, as where one side speaks TLS and the other does not.
+            plain = self.settings.ssl is None
+            what += f"; if that port has {'TLS, write mqtts' if plain else 'no TLS, write mqtt'}://"
+        return ConnectError(f"{where}: {what}")
 
     def told(self, code: int) -> None:
         """The server ended the connection and said why."""

@@ -135,4 +135,15 @@ def packed(command: Any, headers: Mapping[str, str] | None) -> bytes:
     try:
         return write_properties(properties_of(headers, command.reply_to, command.expiry))
     except (AttributeError, TypeError, ValueError) as error:
-        raise PublishError(f"a message to {command.topic!r} cannot be sent: {error}") from error
+        why = _mistake(command, headers or {}) or error
+        raise PublishError(f"a message to {command.topic!r} cannot be sent: {why}") from error
+
+
+def _mistake(command: Any, headers: Mapping[str, Any]) -> str:
+    """What of a message is of a wrong type; empty if nothing is."""
+    for name, value in headers.items():
+        if not isinstance(value, str):
+            return f"header {name!r} is {value!r}, and headers are texts"
+    if not isinstance(command.expiry, int | float | None):
+        return f"expiry={command.expiry!r} is no number of seconds"
+    return ""

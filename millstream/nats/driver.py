@@ -43,7 +43,7 @@ from .outbox import API_TIMEOUT, Outbox
 from .pull import PullFlow
 from .push import PushFlow
 from .stores import Stores
-from .streams import Streams
+from .streams import Streams, letter_addresses
 
 #: Seconds for each of the last things that are done at a close.
 LAST = 2.0
@@ -326,6 +326,10 @@ class NatsDriver(BaseDriver):
 
     def reply_envelope(self) -> type[Message[Any]]:
         return NatsMessage
+
+    def letters_at(self, spec: SubscriptionSpec, name: str | None) -> str:
+        assert isinstance(spec, NatsSubscription)
+        return letter_addresses(spec, name)[0]
 
     async def dead_letter(
         self, spec: SubscriptionSpec, name: str | None, *, declare: bool = True

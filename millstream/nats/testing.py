@@ -147,6 +147,9 @@ class NatsMemoryDriver(MemoryDriver):
                 return name
         return None
 
+    def letters_at(self, spec: Any, name: str | None) -> str:
+        return letter_addresses(spec, name)[0]
+
     async def dead_letter(self, spec: Any, name: str | None, *, declare: bool = True) -> str:
         for address in letter_addresses(spec, name):
             owner = self.owner(address)

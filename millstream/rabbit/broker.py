@@ -105,9 +105,11 @@ class RabbitBroker(RabbitEndpoints, Broker):
         **options: Unpack[RabbitConnect],
     ) -> None:
         owner = type(self).__name__
-        own, common = split_options(options, RabbitConnect, owner)
-        kinds = get_type_hints(RabbitConnect)
-        own = {name: typed(owner, name, value, kinds[name]) for name, value in own.items()}
+        kinds, given = get_type_hints(RabbitConnect), dict[str, Any](options)
+        for name, value in options.items():
+            if name in kinds and name not in BrokerOptions.__annotations__:
+                given[name] = typed(owner, name, value, kinds[name])
+        own, common = split_options(given, RabbitConnect, owner)
         own.pop("fail_fast", None)
         tls: pika.SSLOptions | None = own.pop("ssl_options", None)
         if tls is not None:

@@ -232,11 +232,14 @@ class RabbitDriver(BaseDriver):
 
     # Dead letters
 
+    def letters_at(self, spec: SubscriptionSpec, name: str | None) -> str:
+        assert isinstance(spec, RabbitSubscription)
+        return name or f"{spec.source.name}.dlq"
+
     async def dead_letter(
         self, spec: SubscriptionSpec, name: str | None, *, declare: bool = True
     ) -> str:
-        assert isinstance(spec, RabbitSubscription)
-        queue = name or f"{spec.source.name}.dlq"
+        queue = self.letters_at(spec, name)
         if declare:
             await self.topology.dead_letters(queue)
         return queue

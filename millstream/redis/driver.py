@@ -444,6 +444,9 @@ class RedisDriver(BaseDriver):
     async def dead_letter(
         self, spec: SubscriptionSpec, name: str | None, *, declare: bool = True
     ) -> str:
+        return self.letters_at(spec, name)
+
+    def letters_at(self, spec: SubscriptionSpec, name: str | None) -> str:
         return STREAM + (plain_name(name) if name else f"{literal(spec.destination)}.dlq")
 
     def letters(self, address: str) -> RedisLetters:

@@ -118,7 +118,7 @@ def test_show_lists_everything(shop: str, tmp_path: Path) -> None:
         f"{shop}.invoices",
         "-",
     ] in rows
-    assert [f"{shop}.work", "work", "at-least-once", "1", "-", f"{shop}.work.dlq"] in rows
+    assert [f"{shop}.work", "work", "at-least-once", "1", "-", f"{shop}.dlq"] in rows
     assert any(row[:1] == ["main.py:17"] and row[1:] == ["retry,", "5", "tries"] for row in rows), (
         rows
     )
@@ -135,7 +135,7 @@ def test_show_as_json(shop: str, tmp_path: Path) -> None:
     by_source = {s["source"]: s for s in broker["subscriptions"]}
     work = by_source[f"{shop}.work"]
     assert work["policy"] == "retry" and work["attempts"] == 5 and work["concurrency"] == 1
-    assert work["guarantee"] == "at-least-once" and work["dead_letter"] == f"{shop}.work.dlq"
+    assert work["guarantee"] == "at-least-once" and work["dead_letter"] == f"{shop}.dlq"
     orders = by_source[f"{shop}.orders.{{region}}"]
     assert orders["policy"] is None and orders["dead_letter"] is None
     assert orders["bindings"]["operation"]["nats"]["queue"] == "workers" and work["bindings"] == {}
@@ -157,6 +157,38 @@ async def handle(body: dict): ...
     shown = json.loads(command("show", "main:broker", "--json", folder=tmp_path).stdout)
     (told,) = shown["brokers"][0]["subscriptions"]
     assert (told["policy"], told["guarantee"]) == ("ack_first", "at-most-once")
+
+
+def test_show_tells_where_dead_letters_really_go(tmp_path: Path) -> None:
+    code = """
+from millstream import Millstream
+from millstream.kafka import KafkaBroker
+from millstream.mqtt import MqttBroker
+from millstream.redis import RedisBroker, StreamSub
+
+mqtt, kafka, redis = MqttBroker(), KafkaBroker(), RedisBroker()
+app = Millstream(mqtt, kafka, redis)
+
+@mqtt.subscriber("sensors/{room}/temp")
+@kafka.subscriber("orders", "returns", group_id="g")
+@kafka.subscriber(pattern=r"audit\\.v\\d+", group_id="g")
+@kafka.subscriber("own", group_id="g", dead_letter="bin")
+@kafka.subscriber("none", group_id="g", dead_letter=None)
+@redis.subscriber(stream=StreamSub("events", group="g"))
+async def handle(body: dict) -> None: ...
+"""
+    write(tmp_path, main=code)
+    shown = json.loads(command("show", "main:app", "--json", folder=tmp_path).stdout)
+    found = [s["dead_letter"] for b in shown["brokers"] for s in b["subscriptions"]]
+    wanted = {
+        "sensors/room/temp/dlq",
+        "orders.dlq",
+        "audit.vd.dlq",
+        "bin",
+        None,
+        "stream://events.dlq",
+    }
+    assert set(found) == wanted
 
 
 def test_show_what_can_be_shown_beside_errors(tmp_path: Path) -> None:

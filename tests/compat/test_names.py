@@ -8,11 +8,13 @@ import pytest
 
 PLACES = {
     "": "AckPolicy BaseMiddleware Context ContextRepo Depends ExceptionMiddleware FastStream "
-    "Header Logger Path Response StreamMessage TestApp apply_types",
+    "Header Logger NoCast Path Response StreamMessage TestApp apply_types",
     "annotations": "ContextRepo FastStream Logger",
     "context": "ContextRepo",
-    "exceptions": "AckMessage FeatureNotSupportedException NackMessage RejectMessage SetupError "
-    "SkipMessage SubscriberNotFound",
+    "exceptions": "AckMessage FeatureNotSupportedException IgnoredException NackMessage "
+    "RejectMessage SetupError SkipMessage SubscriberNotFound",
+    "message": "AckStatus StreamMessage decode_message",
+    "params": "NoCast",
     "middlewares": "BaseMiddleware ExceptionMiddleware",
     "response": "Response ensure_response",
     "types": "AsyncFuncAny",

@@ -183,6 +183,9 @@ class FakeDriver:
     def reply_envelope(self) -> type[Message[Any]]:
         return FakeMessage
 
+    def letters_at(self, spec: SubscriptionSpec, name: str | None) -> str:
+        return name or f"{spec.destination}.dlq"
+
     async def dead_letter(
         self, spec: SubscriptionSpec, name: str | None, *, declare: bool = True
     ) -> str:

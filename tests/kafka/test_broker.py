@@ -16,7 +16,14 @@ from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 
 from millstream import Batch, BatchFailed, Response, Retry
-from millstream.errors import MessageTooLarge, PublishError, SetupError, SetupErrors, StateError
+from millstream.errors import (
+    ConnectError,
+    MessageTooLarge,
+    PublishError,
+    SetupError,
+    SetupErrors,
+    StateError,
+)
 from millstream.kafka import (
     KafkaBroker,
     KafkaMessage,
@@ -29,6 +36,8 @@ from millstream.kafka import (
 )
 from millstream.letters import replay
 from tests.helpers import eventually, eventually_sync, unique
+from tests.servers import free_port
+from tests.servers.kafka import KafkaServer
 
 
 def make(kafka: Any, **options: Any) -> KafkaBroker:
@@ -644,6 +653,7 @@ def test_what_is_wrong_is_said_at_once(kafka: Any) -> None:
         ({"topics": (), "partitions": ["a"]}, "'a' is str, not TopicPartition"),
         ({"topics": (), "partitions": [TopicPartition("a", 0, -5)]}, "-2 for the beginning"),
         ({"batch": 5}, "batch: 5 is int"),
+        ({"max_workers": "3"}, "max_workers: '3' is str, not int or None"),
         ({"batch": True, "max_records": 0}, "max_records=0"),
         ({"revoke_timeout_ms": -1}, "revoke_timeout_ms=-1"),
         ({"on_assign": "function"}, "is no function"),
@@ -678,6 +688,8 @@ async def handle(body: Any) -> None: ...
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        ({"linger_ms": "5"}, "KafkaBroker: linger_ms='5' is str, not int"),
+        ({"transactional_id": 7}, "transactional_id=7 is int, not str or None"),
         ({"acks": "most"}, "'all', 1 or 0"),
         ({"acks": 1, "enable_idempotence": True}, "leave out one"),
         ({"acks": 0, "transactional_id": "a"}, "leave out one"),
@@ -718,6 +730,30 @@ async def test_what_the_library_refuses_is_said(kafka: Any, client: str, caplog:
         await eventually(lambda: "group.min.session.timeout.ms" in caplog.text, 10)
     finally:
         await broker.stop()
+
+
+async def test_who_is_not_there_is_told_with_the_reason(caplog: Any) -> None:
+    gone = f"127.0.0.1:{free_port()}"
+    with pytest.raises(ConnectError, match="Connection refused") as caught:
+        await KafkaBroker(gone, startup_timeout=3).connect()
+    assert str(caught.value).startswith(f"{gone}: Connect to ")
+    assert "Connection refused; next try in" in caplog.text  # within the 3 s
+    both = KafkaBroker([gone, "nowhere.invalid:9092"], startup_timeout=0)
+    with pytest.raises(ConnectError) as caught:
+        await both.connect()
+    assert f"{gone}: Connect to" in str(caught.value)
+    assert "nowhere.invalid:9092: Failed to resolve" in str(caught.value)
+
+
+async def test_an_address_that_a_node_tells_in_vain_is_named(caplog: Any) -> None:
+    with KafkaServer(proxied="PLAINTEXT") as server:  # but nobody stands between
+        broker = KafkaBroker(f"127.0.0.1:{server.inside}")
+        try:
+            await broker.connect()
+            told = f"connection lost: 127.0.0.1:{server.outside}: Connect to"
+            await eventually(lambda: told in caplog.text, 10)
+        finally:
+            await broker.stop()
 
 
 async def test_settings_of_the_library_that_are_none(kafka: Any) -> None:

@@ -33,6 +33,7 @@ from millstream.mqtt import (
     wire,
 )
 from millstream.mqtt.connection import Connection
+from millstream.mqtt.fastapi import MqttRouter
 from millstream.mqtt.letters import look
 from millstream.retry import Retry
 from millstream.security import SASLPlaintext
@@ -390,7 +391,8 @@ async def test_sharing_a_session_is_told(mqtt: Any, name: str) -> None:
         ({"headers": {"a": "\x1b[31m"}}, PublishError, r"U\+001B"),
         ({"headers": {"a": "\ud800"}}, PublishError, r"U\+D800"),
         ({"headers": {"a": "x" * 70_000}}, PublishError, "65,535"),
-        ({"headers": {"a": 1}}, PublishError, "user_property"),
+        ({"headers": {"a": 1}}, PublishError, "header 'a' is 1, and headers are texts"),
+        ({"expiry": "soon"}, PublishError, "expiry='soon' is no number"),
         ({"expiry": -1}, PublishError, "more than 0"),
         ({"expiry": 1e10}, PublishError, "message_expiry_interval"),
         ({"reply_to": "a/+"}, AddressError, "wildcards"),
@@ -565,6 +567,9 @@ async def test_options_that_311_has_not_are_refused_at_the_start(
         ({"receive_maximum": 0}, "65,535"),
         ({"reply_prefix": "a/+"}, "wildcards"),
         ({"keepalive": -1}, "keepalive=-1"),
+        ({"keepalive": "20"}, "MqttBroker: keepalive='20' is str, not int"),
+        ({"clean_session": 1}, "clean_session=1 is int, not bool"),
+        ({"port": 70_000}, "port=70000"),
         ({"version": "4"}, "version='4'"),
         ({"reconnect": object()}, "reconnect_max="),
         ({"on_connection_recovery_failed": print}, "no attempt is the last"),
@@ -573,6 +578,14 @@ async def test_options_that_311_has_not_are_refused_at_the_start(
 def test_options_of_a_broker_that_cannot_be(options: dict[str, Any], why: str) -> None:
     with pytest.raises(SetupError, match=why):
         MqttBroker(**options)
+
+
+def test_host_and_port_instead_of_the_address() -> None:
+    assert MqttBroker("localhost", port=2883).driver.describe() == "mqtt://localhost:2883"
+    assert MqttBroker(host="sea.example").driver.describe() == "mqtt://sea.example:1883"
+    assert MqttBroker("mqtts://a", host="b").driver.describe() == "mqtts://b:8883"
+    assert MqttBroker(port=None, keepalive=None).driver.settings.keepalive == 20  # type: ignore[arg-type]
+    assert MqttRouter("mqtt://a:1", port=2).broker.driver.describe() == "mqtt://a:2"
 
 
 async def test_options_under_the_names_of_other_frameworks(mqtt: Any, name: str) -> None:

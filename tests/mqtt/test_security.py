@@ -167,6 +167,11 @@ async def test_tls(certificates: Path, tmp_path: Path) -> None:
         assert "not trusted" in await keeps_out(wrong)
         # By default the authorities of the system decide, and they do not know this one.
         assert "not trusted" in await keeps_out(MqttBroker(server.url))
+        # The wrong one of the two schemes.
+        with pytest.raises(ConnectError, match="has TLS, write mqtts://"):
+            await MqttBroker(plain, startup_timeout=0).connect()
+    with MosquittoServer() as server, pytest.raises(ConnectError, match="has no TLS, write mqtt:"):
+        await MqttBroker(server.url.replace("mqtt", "mqtts"), startup_timeout=0).connect()
 
 
 async def test_certificates_of_clients(certificates: Path) -> None:

@@ -104,10 +104,9 @@ def test_what_cannot_work_is_said_at_once(make: Any, text: str) -> None:
         make()
 
 
-async def test_a_database_that_is_none_is_said_at_once(redis: Any) -> None:
-    with pytest.raises(ConnectError, match="integer") as caught:
-        await RedisBroker(redis.url, db="x").connect()  # type: ignore[arg-type]
-    assert caught.value.permanent
+def test_a_database_that_is_none_is_said_at_once() -> None:
+    with pytest.raises(SetupError, match="RedisBroker: db='x' is str, not int"):
+        RedisBroker(db="x")  # type: ignore[arg-type]
 
 
 async def test_a_server_that_never_answers_is_given_up() -> None:

@@ -23,6 +23,7 @@ from millstream import (
     Message,
     Millstream,
     MsgPack,
+    NoCast,
     Path,
     Raw,
     SetupError,
@@ -30,6 +31,7 @@ from millstream import (
 )
 from millstream.errors import ContextError, DecodeError, SetupErrors, SignatureError
 from millstream.memory import MemoryBroker, MemoryMessage
+from millstream.message import decode_message
 from millstream.nats import NatsMessage
 from millstream.testing import TestBroker
 
@@ -588,6 +590,9 @@ async def test_a_foreign_dependency_marker_is_read_by_its_shape() -> None:
 # Mistakes, found at start
 
 
+class Plain: ...
+
+
 def wrong(handler: Any, address: str = "in", **options: Any) -> SetupError:
     broker = MemoryBroker()
     broker.subscriber(address, **options)(handler)
@@ -645,6 +650,51 @@ def test_an_app_dependency_cannot_want_the_message() -> None:
     async def handler(a: None = Depends(dependency, scope="app")) -> None: ...
 
     assert wrong(handler).code == "MS106"
+
+
+def test_a_class_that_no_body_becomes() -> None:
+    async def handler(body: Plain) -> None: ...
+
+    assert "no body can be read as" in wrong(handler).what
+
+    async def many(body: list[Plain]) -> None: ...
+
+    assert "no body can be read as" in wrong(many, batch=Batch()).what
+
+
+@pytest.mark.parametrize("kind", [int, dict, Model])
+def test_a_batch_is_a_list(kind: Any) -> None:
+    async def handler(body: kind) -> None: ...  # type: ignore[valid-type]
+
+    handler.__annotations__["body"] = kind
+    error = wrong(handler, batch=Batch())
+    assert "the body of a batch is a list" in error.what
+    assert error.fix == f"annotate it with list[{kind.__name__}]"
+
+
+async def test_nothing_is_converted_where_that_is_said() -> None:
+    broker, got = MemoryBroker(), list[Any]()
+
+    @broker.subscriber("in.{number}")
+    async def handler(body: NoCast[Model], number: NoCast[int]) -> None:
+        got.append((body, number))
+
+    async with TestBroker(broker) as test:
+        await test.publish({"no": "model"}, "in.7")
+    assert got == [({"no": "model"}, "7")]
+
+
+async def test_a_decoder_of_ones_own_may_leave_it_to_the_content_type() -> None:
+    broker, got = MemoryBroker(), list[Any]()
+
+    @broker.subscriber("in", decoder=lambda message: [decode_message(message)])
+    async def handler(body: Any) -> None:
+        got.append(body)
+
+    async with TestBroker(broker) as test:
+        for body in ({"a": 1}, "text", b"\xff"):
+            await test.publish(body, "in")
+    assert got == [[{"a": 1}], ["text"], [b"\xff"]]
 
 
 def test_a_generator_is_no_handler() -> None:

@@ -227,3 +227,18 @@ def test_a_wrong_value_for_a_broker_is_told_where_it_stands(
 def test_a_retry_that_is_no_retry() -> None:
     with pytest.raises(SetupError, match="retry=True is bool, not Retry or None"):
         NatsBroker().subscriber("in", retry=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [
+        ({"durabel": "a"}, "did you mean 'durable'?"),
+        ({"response_model": dict}, "the handler returns what is to be sent"),
+        ({"zzz": 1, "persistent": False}, "one of: ack_policy,"),
+    ],
+)
+def test_an_option_that_there_is_not_is_told(options: dict[str, Any], fix: str) -> None:
+    with pytest.raises(SetupError, match="has no option") as caught:
+        NatsBroker().subscriber("a", **options)
+    assert repr(next(iter(options))) in caught.value.what
+    assert fix in caught.value.fix
