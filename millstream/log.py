@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any
 
+from .errors import MillstreamError
 from .types import LoggerLike
 
 #: Where ``millstream run --workers`` tells a worker its number.
@@ -38,12 +39,18 @@ def log_line(logger: LoggerLike, level: str, text: str) -> None:
 
 
 def log_error(logger: LoggerLike, text: str, error: BaseException) -> None:
-    """One ERROR line with the exception's traceback, which begins in the user's code."""
+    """One ERROR line with the exception's traceback, which begins in the user's code.
+
+    An error of our own that none of the user's code led to says all by itself.
+    """
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_frame.f_code.co_filename.startswith(_PACKAGE):
         traceback = traceback.tb_next
     if traceback is not None:
         error = error.with_traceback(traceback)
+    elif isinstance(error, MillstreamError):
+        log_line(logger, "error", text)
+        return
     opt: Any = getattr(logger, "opt", None)
     if opt is not None:  # loguru
         opt(exception=error).error("{}", text)

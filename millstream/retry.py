@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from .ack import Settlement
-from .errors import SetupError
+from .errors import EncodeError, SetupError
 
 #: Delay in seconds before the retry that follows attempt n (counted from 1).
 Backoff = Callable[[int], float]
@@ -52,7 +52,8 @@ class Retry(msgspec.Struct, frozen=True):
         attempts: handler runs in all, the first included; counted by the broker where it
             counts deliveries, so that a restart does not begin anew.
         delay: seconds, or a function of the attempt that just failed.
-        on: the exceptions worth a retry; others go to the dead letter at once.
+        on: the exceptions worth a retry; others, and what cannot be encoded, go to the dead letter
+            at once.
         where: ``broker`` hands the message back with a delay, ``lane`` waits in this process
             and keeps the order, ``topic`` puts it into a topic beside its source until it is
             due; ``auto`` is the broker where it can delay and no order per key is asked for,
@@ -84,6 +85,8 @@ class Retry(msgspec.Struct, frozen=True):
 
     def again(self, error: BaseException, attempt: int) -> bool:
         """Whether a message is tried again after this error on this attempt."""
+        if isinstance(error, EncodeError):  # the same value will not be written the next time
+            return False
         return attempt < self.attempts and isinstance(error, self.on)
 
 

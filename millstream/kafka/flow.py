@@ -106,10 +106,16 @@ class Flow:
         if self.spec.group_protocol == "consumer":
             self._spawn(self._watch([t for t in self.plan.topics if not t.startswith("^")]))
         await self.reader.start()
-        # A member of a group that has to wait for the others is no reason not to start.
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(JOINED):
                 await self._assigned.wait()
+        except TimeoutError:  # no reason not to start
+            log.info(
+                "%s: waits for partitions; the group %r is being shared out, which takes up to "
+                "session_timeout_ms if a member vanished",
+                self.spec.destination,
+                self.plan.group,
+            )
         if self.halted:  # refused; what begins anew is no storm
             await asyncio.sleep(REFUSED)
 

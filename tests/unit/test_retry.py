@@ -24,6 +24,7 @@ from millstream import (
     SetupError,
     SkipMessage,
 )
+from millstream.errors import EncodeError
 from millstream.memory import MemoryBroker, MemoryBus
 from millstream.testing import TestBroker
 from tests.helpers import eventually
@@ -346,3 +347,22 @@ def test_two_handlers_that_take_everything() -> None:
     subscriber(lambda: None)
     with pytest.raises(SetupError, match="take every message"):
         broker.compile()
+
+
+async def test_a_result_that_cannot_be_encoded_is_not_tried_again(caplog: Any) -> None:
+    broker = MemoryBroker()
+    runs: list[int] = []
+
+    @broker.subscriber("in", durable="d")
+    @broker.publisher("out")
+    async def handler(value: int) -> Any:
+        runs.append(value)
+        return object()
+
+    async with TestBroker(broker) as running:
+        with pytest.raises(EncodeError):
+            await running.publish(1, "in")
+        assert runs == [1]
+        assert await broker.driver.letters("in.dlq").count() == 1
+    [line] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "object cannot be written as JSON" in line.getMessage() and line.exc_info is None
