@@ -19,7 +19,7 @@ from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitio
 
 from ..driver import SubscriptionSpec
 from ..errors import SetupError
-from .aio import AioClient, broken, quietly, suited
+from .aio import AioClient, broken, noted, quietly, suited
 from .client import MOST, Broken
 from .offsets import Commit, Place, Start
 from .options import KafkaSubscription
@@ -92,6 +92,8 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
         self._looked = 0.0
         #: Until when (``time.monotonic``) it may be believed that the partitions are ours.
         self.trusted = math.inf
+        #: Partitions come: the library tells the group nothing of us meanwhile.
+        self._silent = False
 
     async def start(self) -> None:
         plan = self.plan
@@ -160,7 +162,7 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
         await self._commit(self._consumer, commits)
 
     async def _commit(self, consumer: Any, commits: Sequence[Commit]) -> None:
-        offsets = {TopicPartition(c.topic, c.partition): (c.offset, c.note) for c in commits}
+        offsets = {TopicPartition(c.topic, c.partition): (c.offset, noted(c.note)) for c in commits}
         await self.client.asked(consumer.commit(offsets))
 
     async def seek(self, place: Place, offset: int) -> None:
@@ -176,7 +178,7 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
         consumer, room = self._consumer, self._room
         while True:
             now = time.monotonic()
-            if now <= self.trusted < math.inf:
+            if now <= self.trusted < math.inf and not self._silent:
                 self.trusted = now + STILL
             try:
                 if now > self._looked + self.plan.refresh:
@@ -193,11 +195,12 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
                 found = await consumer.getmany(timeout_ms=int(TURN * 1000), max_records=self._most)
                 for messages in found.values():
                     self.owner.arrived(messages)
-            except (_errors.KafkaError, OSError, Broken) as error:
+            except Exception as error:
                 problem = error if isinstance(error, Broken) else broken(error)
                 # One without a kind has ended the library's work for the group.
-                problem.fatal = type(error) is _errors.KafkaError
-                log.debug("%s: %s", self.plan.spec.destination, problem)
+                passing = isinstance(error, (_errors.KafkaError, OSError, Broken))
+                problem.fatal = not passing or type(error) is _errors.KafkaError
+                log.debug("%s: %s", self.plan.spec.destination, problem, exc_info=not passing)
                 self.owner.failed(problem)
                 await asyncio.sleep(TURN)
 
@@ -265,12 +268,27 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
         self, assigned: Any
     ) -> None:
         consumer = self._consumer
+        if consumer is None:
+            return
+        self.trust()
+        self._silent = True
+        try:
+            await self._begin(consumer, assigned)
+        except Exception as error:  # the library would go on without those partitions
+            log.debug("%s: not begun", self.plan.spec.destination, exc_info=True)
+            self.owner.failed(Broken(f"partitions cannot be begun: {error!r}", "", True))
+        finally:
+            self._silent = False
+
+    async def _begin(self, consumer: Any, assigned: Any) -> None:
+        """Read partitions from where they begin; nothing of them before that is known."""
+        consumer.pause(*assigned)
         places = [Place(p.topic, p.partition) for p in assigned]
-        while consumer is not None:
+        while self._consumer is consumer:
             try:
                 starts = await self._starts(dict.fromkeys(places, -1001))
                 break
-            except Broken as error:
+            except Broken as error:  # its offsets are not told yet, perhaps
                 self.owner.failed(error)
                 await asyncio.sleep(TURN)
         else:
@@ -280,7 +298,8 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
             partition = TopicPartition(*start[:2])
             if partition in consumer.assignment():
                 consumer.seek(partition, start.offset)
-        self.trust()
+                if start[:2] not in self._halted:
+                    consumer.resume(partition)
 
     async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, revoked: Any
