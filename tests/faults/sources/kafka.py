@@ -154,7 +154,13 @@ class KafkaGroup(Source):
         where = broker.driver.describe()
         admin = self._admins.get(where)
         if admin is None:
-            settings = {"bootstrap.servers": where, "reconnect.backoff.max.ms": 500, "log_level": 0}
+            settings = {
+                "bootstrap.servers": where,
+                "reconnect.backoff.max.ms": 500,
+                # It asks a leader that is none any more for as long as it remembers it.
+                "topic.metadata.refresh.interval.ms": 1000,
+                "log_level": 0,
+            }
             admin = self._admins[where] = ADMIN.AdminClient(settings)
         futures = getattr(admin, method)(*args, request_timeout=3)
         return {key: await asyncio.wrap_future(future) for key, future in futures.items()}
