@@ -230,10 +230,13 @@ class AioClient:
         self._waiting.clear()
         for sender in self._senders:
             sender.cancel()
-        if self._retiring is not None:
-            self._retiring.cancel()
+        retiring, self._retiring = self._retiring, None
+        if retiring is not None:
+            retiring.cancel()
         if producer is not None:
             await self._drain(producer, LEAVE if self._open else ASK)
+        if retiring is not None:
+            await asyncio.wait([retiring])
         self._fail(Broken("closed", "_STATE"))
 
     async def _drain(self, producer: Any, timeout: float) -> None:

@@ -203,7 +203,7 @@ class Flow:
             if record.part is not None and record.part.fenced:
                 timer.cancel()
                 del self._later[key]
-        if gone:
+        if gone and parts:
             await self._call(("on_lost",), places)
             log.warning(
                 "%s: %d partitions went to another member without notice; what runs of them "

@@ -8,9 +8,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import ConsumerStoppedError
+from aiokafka.errors import ConsumerStoppedError, KafkaError
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
@@ -226,6 +226,25 @@ async def test_what_the_cluster_refuses_holds_up_nothing_behind_it(kafka: Any) -
         assert got == [0, 2, 3, 5, *stored, 200]
     finally:
         await broker.stop()
+
+
+async def test_a_producer_that_failed_for_good_is_replaced(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic, made, real = unique(), list[Any](), AIOKafkaProducer.send
+
+    async def send(producer: Any, *args: Any, **options: Any) -> Any:
+        if producer not in made:
+            made.append(producer)
+        if producer is made[0]:  # what it says once its task has ended
+            raise KafkaError("Unexpected error during batch delivery")
+        return await real(producer, *args, **options)
+
+    monkeypatch.setattr(AIOKafkaProducer, "send", send)
+    async with make(kafka) as broker:
+        assert (await broker.publish(1, topic)).offset == 0
+        assert (await broker.publish(2, topic)).offset == 1
+    assert len(made) == 2
 
 
 async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(kafka: Any) -> None:
