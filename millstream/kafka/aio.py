@@ -460,7 +460,10 @@ class AioClient:
         }
 
     async def committed(self, group: str, places: Sequence[Place]) -> dict[Place, tuple[int, str]]:
-        """What a group was told: the offset and the note, for partitions where it was."""
+        """What a group was told: the offset and the note, for partitions where it was.
+
+        The library knows nothing of transactions that are open, so it gets what was told before.
+        """
         asked = [TopicPartition(*p) for p in places]
         end = time.monotonic() + 2 * ASK
         while True:
