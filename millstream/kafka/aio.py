@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import heapq
 import inspect
+import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka import errors as _errors
@@ -39,16 +40,23 @@ if logging.getLogger("aiokafka").level == logging.NOTSET:
 
 #: Messages that wait for the producer; more are refused for the moment.
 WAITING = 100_000
+#: A message that the producer has not taken: its number, its confirmation, what it is.
+_Waiting: TypeAlias = tuple[int, asyncio.Future[RecordMetadata], dict[str, Any]]
+#: What a message is refused with only because one before it was.
+_BEHIND = (_errors.OutOfOrderSequenceNumber, _errors.UnknownProducerId)
 #: What a single connection is made with.
 _GREETING = {
     *("client_id", "request_timeout_ms", "ssl_context", "security_protocol", "sasl_mechanism"),
     *("sasl_plain_username", "sasl_plain_password", "sasl_oauth_token_provider"),
     *("sasl_kerberos_service_name", "sasl_kerberos_domain_name"),
 }
+#: Behind each note.
+_END = "\0"
 #: Kafka's names of errors that somebody asks for, by their numbers.
 _NAMES = {
     3: "UNKNOWN_TOPIC_OR_PART",
     10: "MSG_SIZE_TOO_LARGE",
+    14: "COORDINATOR_LOAD_IN_PROGRESS",
     17: "TOPIC_EXCEPTION",
     18: "RECORD_LIST_TOO_LARGE",
     22: "ILLEGAL_GENERATION",
@@ -68,6 +76,9 @@ def broken(error: BaseException) -> Broken:
     number = getattr(error, "errno", None)
     text = str(error).partition("Error: ")[2] or str(error) or type(error).__name__
     code = _NAMES.get(number, type(error).__name__) if number is not None else ""
+    if code.endswith("AUTHORIZATION_FAILED"):  # it says no more than what for
+        what = error.args[0] if error.args else ""
+        text = f"{code}: {', '.join(sorted(what)) if isinstance(what, set) else what}"
     if isinstance(error, _errors.AuthenticationFailedError):
         code = "_AUTHENTICATION"
     elif isinstance(error, _errors.KafkaTimeoutError):
@@ -89,6 +100,11 @@ def records(messages: list[Any], parts: Mapping[Any, Partition]) -> list[Record]
             if part.admit(made):
                 found.append(made)
     return found
+
+
+def noted(note: str) -> str:
+    """A note as both libraries write it: confluent-kafka reads on beyond one without an end."""
+    return note and note + _END
 
 
 def suited(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,9 +156,13 @@ class AioClient:
         self._starting = asyncio.Lock()
         #: Messages that the producer has not taken, by topic: one that is not there keeps up
         #: nobody else's. Each has a task.
-        self._waiting: dict[str, deque[tuple[asyncio.Future[RecordMetadata], dict[str, Any]]]] = {}
+        self._waiting: dict[str, list[_Waiting]] = {}
+        self._numbers = itertools.count()
         self._senders: set[asyncio.Task[None]] = set()
         self._ending: set[asyncio.Task[None]] = set()
+        #: A producer that another one takes over from, once it has sent what it has.
+        self._retiring: asyncio.Task[None] | None = None
+        self._closed = False
         #: Messages that are not confirmed.
         self._open: set[asyncio.Future[RecordMetadata]] = set()
 
@@ -154,7 +174,7 @@ class AioClient:
     # Connection
 
     async def connect(self) -> None:
-        self.loop = asyncio.get_running_loop()
+        self.loop, self._closed = asyncio.get_running_loop(), False
         try:
             async with asyncio.timeout(ASK):
                 await self._greet()
@@ -183,6 +203,7 @@ class AioClient:
                     raise
 
     async def close(self) -> None:
+        self._closed = True
         # All at once: each of them may wait for a cluster that is away.
         looker, self._looker = self._looker, None
         admin, self._admin = self._admin, None
@@ -209,12 +230,31 @@ class AioClient:
         self._waiting.clear()
         for sender in self._senders:
             sender.cancel()
+        retiring, self._retiring = self._retiring, None
+        if retiring is not None:
+            retiring.cancel()
         if producer is not None:
-            # It would wait without end for what no broker confirms.
-            ending = asyncio.ensure_future(producer.stop())
-            await asyncio.wait([ending], timeout=LEAVE if self._open else ASK)
-            ending.cancel()
+            await self._drain(producer, LEAVE if self._open else ASK)
+        if retiring is not None:
+            await asyncio.wait([retiring])
         self._fail(Broken("closed", "_STATE"))
+
+    async def _drain(self, producer: Any, timeout: float) -> None:
+        """Let a producer send what it has, and end."""
+        ending = asyncio.ensure_future(producer.stop())
+        try:
+            await asyncio.wait([ending], timeout=timeout)
+        finally:
+            if not ending.done():  # it waits without end for what no broker confirms
+                ending.cancel()
+                ends = producer._sender.close(), producer.client.close()
+                await asyncio.gather(*map(quietly, ends))
+
+    def _retire(self, producer: Any) -> None:
+        """Have another producer take over from one that is of no use any more."""
+        if self._producer is producer:
+            self._producer = None
+            self._retiring = self.loop.create_task(self._drain(producer, self._patience))
 
     def _fail(self, problem: Broken) -> None:
         for future in list(self._open):
@@ -263,37 +303,72 @@ class AioClient:
         future.add_done_callback(lambda _: timer.cancel())
         where = None if send.partition == -1 else send.partition
         message = {"value": value, "key": send.key, "headers": send.pairs, "partition": where}
-        waiting = self._waiting.get(send.topic)
-        if waiting is None:
-            waiting = self._waiting[send.topic] = deque()
-            sender = self.loop.create_task(self._send_on(send.topic, waiting))
-            self._senders.add(sender)
-            sender.add_done_callback(self._senders.discard)
-        waiting.append((future, {"timestamp_ms": send.timestamp_ms or None, **message}))
+        message["timestamp_ms"] = send.timestamp_ms or None
+        self._queue(send.topic, (next(self._numbers), future, message))
         return future
 
-    async def _send_on(self, topic: str, waiting: deque[Any]) -> None:
+    def _queue(self, topic: str, one: _Waiting) -> None:
+        waiting = self._waiting.get(topic)
+        if waiting is None:
+            waiting = self._waiting[topic] = []
+            sender = self.loop.create_task(self._send_on(topic, waiting))
+            self._senders.add(sender)
+            sender.add_done_callback(self._senders.discard)
+        heapq.heappush(waiting, one)
+
+    async def _send_on(self, topic: str, waiting: list[_Waiting]) -> None:
         """Give the messages of a topic to the producer in the order in which they came."""
         while waiting:
-            future, message = waiting[0]
-            if not future.done():
-                try:
-                    producer = self._producer or await self._started()
-                    sent = await producer.send(topic, **message)
-                    sent.add_done_callback(functools.partial(_confirm, future))
-                except Exception as error:  # whatever it is, those behind it go on
-                    if getattr(error, "retriable", False):  # until nobody waits any more
-                        await asyncio.sleep(TURN)
-                        continue
-                    if not future.done():
-                        future.set_exception(self._refused(broken(error)))
-            waiting.popleft()
+            future, one, producer = waiting[0][1], None, self._producer
+            if future.done():
+                heapq.heappop(waiting)
+                continue
+            try:
+                producer = producer or await self._started()
+                one = heapq.heappop(waiting)  # some may have come back before that one
+                _, future, message = one
+                sent = await producer.send(topic, **message)
+                sent.add_done_callback(functools.partial(self._answered, producer, topic, one))
+            except Exception as error:  # whatever it is, those behind it go on
+                one = one or heapq.heappop(waiting)
+                if producer is not None and type(error) is _errors.KafkaError:  # its task ended
+                    self._retire(producer)
+                elif not (isinstance(error, _errors.ProducerClosed) or _passes(error)):
+                    if not one[1].done():
+                        one[1].set_exception(self._refused(broken(error)))
+                    continue
+                heapq.heappush(waiting, one)
+                await asyncio.sleep(TURN)  # until nobody waits any more
         if self._waiting.get(topic) is waiting:  # no new producer has begun meanwhile
             del self._waiting[topic]
+
+    def _answered(
+        self, producer: Any, topic: str, one: _Waiting, sent: asyncio.Future[Any]
+    ) -> None:
+        future, error = one[1], None if sent.cancelled() else sent.exception()
+        # It counts on from a batch that a broker refused, and all behind that are refused for it.
+        behind = isinstance(error, _BEHIND)
+        if behind or type(error) is _errors.KafkaError:
+            self._retire(producer)
+        if future.done():
+            return
+        if behind and not self._closed:
+            self._queue(topic, one)
+        elif sent.cancelled():
+            future.set_exception(Broken("closed", "_STATE"))
+        elif error is not None:
+            future.set_exception(broken(error))
+        else:
+            found = sent.result()
+            future.set_result(
+                RecordMetadata(found.topic, found.partition, found.offset, found.timestamp)
+            )
 
     async def _started(self) -> Any:
         """The producer: started for the first message, as it takes rights that readers need not."""
         async with self._starting:
+            if self._retiring is not None:  # what it has comes first
+                await asyncio.wait([self._retiring])
             if self._producer is None:
                 settings = {**self._producing, **suited(AIOKafkaProducer, self.settings)}
                 producer = AIOKafkaProducer(**settings)
@@ -385,20 +460,26 @@ class AioClient:
         }
 
     async def committed(self, group: str, places: Sequence[Place]) -> dict[Place, tuple[int, str]]:
-        """What a group was told: the offset and the note, for partitions where it was."""
+        """What a group was told: the offset and the note, for partitions where it was.
+
+        The library knows nothing of transactions that are open, so it gets what was told before.
+        """
         asked = [TopicPartition(*p) for p in places]
         end = time.monotonic() + 2 * ASK
         while True:
             try:
                 found = await self._need().list_consumer_group_offsets(group, partitions=asked)
-                break
+                if len(found) == len(asked):
+                    break
+                # The library leaves out why: an error of the whole group.
+                raise _errors.GroupLoadInProgressError("the group does not tell its offsets")
             except (_errors.KafkaError, OSError) as error:
                 passing = getattr(error, "retriable", True) or getattr(error, "errno", 0) == 15
                 if not passing or time.monotonic() > end:
                     raise broken(error) from error
-                await asyncio.sleep(TURN)  # its coordinator is chosen
+                await asyncio.sleep(TURN)  # its coordinator is chosen, or reads
         return {
-            Place(p.topic, p.partition): (told.offset, told.metadata or "")
+            Place(p.topic, p.partition): (told.offset, (told.metadata or "").rstrip(_END))
             for p, told in found.items()
             if told.offset >= 0
         }
@@ -441,14 +522,5 @@ def _expire(future: asyncio.Future[RecordMetadata]) -> None:
         future.set_exception(Broken("no confirmation in time", "_MSG_TIMED_OUT"))
 
 
-def _confirm(future: asyncio.Future[RecordMetadata], done: asyncio.Future[Any]) -> None:
-    error = None if done.cancelled() else done.exception()
-    if future.done():
-        return
-    if done.cancelled():
-        future.set_exception(Broken("closed", "_STATE"))
-    elif error is not None:
-        future.set_exception(broken(error))
-    else:
-        sent = done.result()
-        future.set_result(RecordMetadata(sent.topic, sent.partition, sent.offset, sent.timestamp))
+def _passes(error: BaseException) -> bool:
+    return bool(getattr(error, "retriable", False))

@@ -19,7 +19,7 @@ from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitio
 
 from ..driver import SubscriptionSpec
 from ..errors import SetupError
-from .aio import AioClient, broken, quietly, suited
+from .aio import AioClient, broken, noted, quietly, suited
 from .client import MOST, Broken
 from .offsets import Commit, Place, Start
 from .options import KafkaSubscription
@@ -73,7 +73,7 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
             "max_poll_interval_ms": spec.max_poll_interval_ms or IDLE,
             **client.reading,
             "group_id": plan.group,
-            "auto_offset_reset": plan.begin,
+            "auto_offset_reset": "none",  # see _begin and _reset
             "metadata_max_age_ms": int(plan.refresh * 1000),
             "exclude_internal_topics": spec.exclude_internal_topics,
         }
@@ -92,6 +92,8 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
         self._looked = 0.0
         #: Until when (``time.monotonic``) it may be believed that the partitions are ours.
         self.trusted = math.inf
+        #: Partitions come: the library tells the group nothing of us meanwhile.
+        self._silent = False
 
     async def start(self) -> None:
         plan = self.plan
@@ -129,8 +131,8 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _leave(self, consumer: Any) -> None:
         try:
-            if self.plan.group is not None:
-                await self._lose(consumer, consumer.assignment())
+            if self.plan.group is not None and (mine := consumer.assignment()):
+                await self._lose(consumer, mine)
         finally:
             await quietly(consumer.stop())
 
@@ -162,8 +164,18 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
         await self._commit(self._consumer, commits)
 
     async def _commit(self, consumer: Any, commits: Sequence[Commit]) -> None:
-        offsets = {TopicPartition(c.topic, c.partition): (c.offset, c.note) for c in commits}
+        if self._expelled(consumer):
+            raise Broken("we are no member of the group any more", "UNKNOWN_MEMBER_ID")
+        offsets = {TopicPartition(c.topic, c.partition): (c.offset, noted(c.note)) for c in commits}
         await self.client.asked(consumer.commit(offsets))
+
+    def _expelled(self, consumer: Any) -> bool:
+        """Whether the group knows us no more.
+
+        The library would commit as somebody outside of it, which an empty group takes.
+        """
+        # Nothing public says it.
+        return not self.plan.partitions and consumer._coordinator.generation < 0
 
     async def seek(self, place: Place, offset: int) -> None:
         """Read a partition from there; the owner is told when it is so."""
@@ -175,10 +187,10 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
     # Reading
 
     async def _live(self) -> None:
-        consumer, room = self._consumer, self._room
+        consumer, room, wait = self._consumer, self._room, int(TURN * 1000)
         while True:
             now = time.monotonic()
-            if now <= self.trusted < math.inf:
+            if now <= self.trusted < math.inf and not self._silent:
                 self.trusted = now + STILL
             try:
                 if now > self._looked + self.plan.refresh:
@@ -192,16 +204,43 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
                         async with asyncio.timeout(TURN):
                             await room.wait()
                     continue
-                found = await consumer.getmany(timeout_ms=int(TURN * 1000), max_records=self._most)
+                try:
+                    found = await consumer.getmany(timeout_ms=wait, max_records=self._most)
+                except _errors.OffsetOutOfRangeError as error:
+                    await self._reset(consumer, error.args[0])
+                    continue
                 for messages in found.values():
                     self.owner.arrived(messages)
-            except (_errors.KafkaError, OSError, Broken) as error:
+            except _errors.NoOffsetForPartitionError:
+                pass  # where it begins is said in a moment
+            except Exception as error:
                 problem = error if isinstance(error, Broken) else broken(error)
                 # One without a kind has ended the library's work for the group.
-                problem.fatal = type(error) is _errors.KafkaError
-                log.debug("%s: %s", self.plan.spec.destination, problem)
+                passing = isinstance(error, (_errors.KafkaError, OSError, Broken))
+                problem.fatal = not passing or type(error) is _errors.KafkaError
+                log.debug("%s: %s", self.plan.spec.destination, problem, exc_info=not passing)
                 self.owner.failed(problem)
                 await asyncio.sleep(TURN)
+
+    async def _reset(self, consumer: Any, offsets: Mapping[TopicPartition, int]) -> None:
+        """Read on where a partition has messages: it has none where we would go on."""
+        places = [Place(p.topic, p.partition) for p in offsets]
+        first, last = await self.client.begins(places), await self.client.ends(places)
+        for place, offset in zip(places, offsets.values(), strict=True):
+            if TopicPartition(*place) not in consumer.assignment():
+                continue
+            edge = last[place] if self.plan.begin == "latest" else first[place]
+            if offset > last[place]:  # what we know of it is of no use
+                log.warning(
+                    "partition %d of %s ends at %d, before %d, where we are: it was deleted, or "
+                    "lost its last messages; reading on from %d",
+                    *(place.partition, place.topic, last[place], offset, edge),
+                )
+                self.owner.fence([place])
+                self.halt(place, False)
+                await self.seek(place, edge)
+            else:  # its oldest messages were deleted; or the one we asked was behind the others
+                consumer.seek(TopicPartition(*place), offset if offset >= first[place] else edge)
 
     async def _look(self) -> None:
         """Look for new partitions, where no group gives us ours, and for topics that are gone."""
@@ -211,7 +250,10 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
             await self._take(False)
         elif not plan.topics[0].startswith("^"):
             known = await self.client.layout(plan.topics)
-            if gone := [name for name in plan.topics if name not in known]:
+            if gone := {name for name in plan.topics if name not in known}:
+                # Among all topics there are none that we may not see; nothing public says more.
+                if denied := gone & self._consumer._client.cluster.unauthorized_topics:
+                    raise broken(_errors.TopicAuthorizationFailedError(denied))
                 raise Broken(f"{', '.join(gone)}: there is no such topic", "UNKNOWN_TOPIC_OR_PART")
 
     async def _take(self, first: bool) -> None:
@@ -267,12 +309,27 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
         self, assigned: Any
     ) -> None:
         consumer = self._consumer
+        if consumer is None:
+            return
+        self.trust()
+        self._silent = True
+        try:
+            await self._begin(consumer, assigned)
+        except Exception as error:  # the library would go on without those partitions
+            log.debug("%s: not begun", self.plan.spec.destination, exc_info=True)
+            self.owner.failed(Broken(f"partitions cannot be begun: {error!r}", "", True))
+        finally:
+            self._silent = False
+
+    async def _begin(self, consumer: Any, assigned: Any) -> None:
+        """Read partitions from where they begin; nothing of them before that is known."""
+        consumer.pause(*assigned)
         places = [Place(p.topic, p.partition) for p in assigned]
-        while consumer is not None:
+        while self._consumer is consumer:
             try:
                 starts = await self._starts(dict.fromkeys(places, -1001))
                 break
-            except Broken as error:
+            except Broken as error:  # its offsets are not told yet, perhaps
                 self.owner.failed(error)
                 await asyncio.sleep(TURN)
         else:
@@ -282,7 +339,8 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
             partition = TopicPartition(*start[:2])
             if partition in consumer.assignment():
                 consumer.seek(partition, start.offset)
-        self.trust()
+                if start[:2] not in self._halted:
+                    consumer.resume(partition)
 
     async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, revoked: Any
@@ -293,7 +351,7 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
     async def _lose(self, consumer: Any, partitions: Any) -> None:
         places = [Place(p.topic, p.partition) for p in partitions]
         self._halted.difference_update(places)
-        commits = await self.owner.losing(places, gone=False)
+        commits = await self.owner.losing(places, gone=self._expelled(consumer))
         if commits:
             try:
                 async with asyncio.timeout(LEAVE):  # the library would try for ever

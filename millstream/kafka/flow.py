@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -209,7 +209,7 @@ class Flow:
             if record.part is not None and record.part.fenced:
                 timer.cancel()
                 del self._later[key]
-        if gone:
+        if gone and parts:
             await self._call(("on_lost",), places)
             log.warning(
                 "%s: %d partitions went to another member without notice; what runs of them "
@@ -281,9 +281,22 @@ class Flow:
 
     async def _made_again(self) -> None:
         """A topic that was deleted is made again."""
+        before = dict(self.parts)
         made = await self.driver.ensure([self.spec])
         if made:
             log.warning("%s was gone and is made again", ", ".join(made))
+            self._replaced(made, before)
+
+    def _replaced(self, topics: Collection[str], before: Mapping[Place, Partition]) -> bool:
+        """Begin anew if we still have partitions of topics that are others now."""
+        # The group may have noticed, and have given us the new ones.
+        old = [p for at, p in before.items() if at.topic in topics and self.parts.get(at) is p]
+        for part in old:  # nothing is to be committed of what was there before
+            part.fenced = True
+            del self.parts[part.place]
+        if old:
+            self._lose(Broken(f"{', '.join(topics)} was deleted and is another topic now"))
+        return bool(old)
 
     async def _watch(self, topics: list[str]) -> None:
         """Look whether topics are deleted and made again.
@@ -302,13 +315,7 @@ class Flow:
                 log.debug("%s: not looked after: %s", self.spec.destination, error)
                 found = {}
             other = {name for name in found if known.get(name, found[name]) != found[name]}
-            # The group may have noticed, and have given us the new ones.
-            old = [p for at, p in held.items() if at.topic in other and self.parts.get(at) is p]
-            if old:
-                for part in old:  # nothing is to be committed of what was there before
-                    part.fenced = True
-                    del self.parts[part.place]
-                self._lose(Broken(f"{', '.join(other)} was deleted and is another topic now"))
+            if self._replaced(other, held):
                 return
             if not other:
                 held = now

@@ -1,8 +1,9 @@
 """Which scenarios run on which sources when nothing else is said: the rule is here alone.
 
 ``make faults`` (``FAULTS=1``, or ``-m faults``) runs everything. Otherwise the fast scenarios run,
-those without the mark ``faults``: on the sources of ``EVERYTHING`` all of them, and on those of
-``OTHERS`` the ones of ``ESSENTIAL``. A scenario for other sources only runs on the first of them.
+those without the mark ``faults``: on the sources of ``EVERYTHING`` all of them, on those of
+``OTHERS`` the ones of ``ESSENTIAL``, and on those of ``CLIENTS`` the ones of ``ENDS``. A scenario
+for other sources only runs on the first of them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ ESSENTIAL = frozenset(
         "test_f24_poison_goes_to_the_dead_letters_as_it_was",
     }
 )
+#: Another client library for one of them, and how it comes to an end, in order or not.
+CLIENTS = frozenset({"kafka-aiokafka"})
+ENDS = frozenset({"test_f03_killed_between_publish_and_ack", "test_f06_sigterm_under_load"})
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -61,6 +65,8 @@ def _by_default(item: pytest.Item, homes: set[str]) -> bool:
     if not source or source in EVERYTHING:
         return True
     if source in OTHERS and _function(item) in ESSENTIAL:
+        return True
+    if source in CLIENTS and _function(item) in ENDS:
         return True
     return not homes & EVERYTHING and source == min(homes)
 

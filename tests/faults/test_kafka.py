@@ -34,10 +34,12 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loop(source: str) -> str:
-    return "Rebalance in a loop, eager" if source == "kafka-eager" else "Rebalance in a loop"
+    eager = source in ("kafka-eager", "kafka-aiokafka")  # aiokafka has no other way
+    return "Rebalance in a loop, eager" if eager else "Rebalance in a loop"
 
 
-GROUPS = pytest.mark.parametrize("source", ["kafka-eager", "kafka", "kafka-848"])
+ALL = ["kafka", "kafka-848", "kafka-aiokafka"]
+GROUPS = pytest.mark.parametrize("source", ["kafka-eager", *ALL])
 
 
 @GROUPS
@@ -75,7 +77,7 @@ async def test_members_die_all_the_time(tmp_path: Path, source: str) -> None:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("source", ["kafka", "kafka-848"])
+@pytest.mark.parametrize("source", ALL)
 async def test_a_worker_of_many_lanes_stands_still(tmp_path: Path, source: str) -> None:
     async with Trial(source, tmp_path, ack_wait=1.0, work=0.1, concurrency=8) as trial:
         worker = await trial.worker(2)
@@ -98,19 +100,24 @@ async def test_a_worker_of_many_lanes_stands_still(tmp_path: Path, source: str) 
 
 @pytest.mark.faults
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("protocol", ["classic", "consumer"])
-async def test_a_node_of_three_is_killed_under_load(protocol: Any) -> None:
+@pytest.mark.parametrize("source", ALL)
+async def test_a_node_of_three_is_killed_under_load(source: str) -> None:
     topic, handled, confirmed = unique(), Counter[int](), set[int]()
     over = asyncio.Event()
     cluster = KafkaCluster(3)
     try:
         await asyncio.to_thread(cluster.start)
-        broker = KafkaBroker(cluster.url, metadata_max_age_ms=1000, publish_timeout=10.0)
+        broker = KafkaBroker(
+            cluster.url,
+            client="aiokafka" if source == "kafka-aiokafka" else "confluent",
+            metadata_max_age_ms=1000,
+            publish_timeout=10.0,
+        )
 
         @broker.subscriber(
             Topic(topic, 6),
             group_id=topic,
-            group_protocol=protocol,
+            group_protocol="consumer" if source == "kafka-848" else "classic",
             concurrency=8,
             auto_commit_interval_ms=100,
             retry=Retry(5, delay=0.1),
@@ -151,7 +158,7 @@ async def test_a_node_of_three_is_killed_under_load(protocol: Any) -> None:
         assert again <= 3 * 100
         write_result(
             "Nodes of a cluster of three killed under load, one after the other",
-            "kafka" if protocol == "classic" else "kafka-848",
+            source,
             "no loss, goes on, few duplicates",
             sent=len(confirmed),
             lost=len(confirmed - handled.keys()),

@@ -7,11 +7,21 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import ConsumerStoppedError
+from aiokafka.errors import KafkaError as AioError
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
 from millstream import Batch
-from millstream.errors import ConnectError, NotConnected, PublishTimeout, SetupError
+from millstream.errors import (
+    ConnectError,
+    MessageTooLarge,
+    NotConnected,
+    PublishTimeout,
+    SetupError,
+)
 from millstream.kafka import KafkaBroker, KafkaMessage, Topic, aio_reader
 from millstream.kafka.annotations import KafkaBatchMessage
 from tests.helpers import eventually, unique
@@ -62,7 +72,8 @@ async def test_members_come_and_go_and_nothing_is_lost(kafka: Any) -> None:
         assert await committed(broker, topic, topic) == 600
 
 
-async def test_what_is_done_is_known_to_the_other_library(kafka: Any) -> None:
+@pytest.mark.parametrize(("one", "other"), [("aiokafka", "confluent"), ("confluent", "aiokafka")])
+async def test_what_is_done_is_known_to_the_other_library(kafka: Any, one: str, other: str) -> None:
     """Both keep the same notes, so that a service can change from one to the other."""
     topic, handled = unique(), list[tuple[str, int, int]]()
     gate = asyncio.Event()
@@ -72,25 +83,203 @@ async def test_what_is_done_is_known_to_the_other_library(kafka: Any) -> None:
 
         @broker.subscriber(Topic(topic, 1), group_id=topic, concurrency=4)
         async def handler(body: int, message: KafkaMessage) -> None:
-            if client == "aiokafka" and body == 0:
+            if client == one and body == 0:
                 await gate.wait()  # all behind it is done before
             handled.append((client, body, message.delivery_count))
 
         return broker
 
-    old = member("aiokafka")
+    old = member(one)
     await old.start()
     for i in range(20):
         await old.publish(i, topic, key=str(i))
     await eventually(lambda: len(handled) == 19)
     await old.stop()
-    new = member("confluent")
+    new = member(other)
     await new.start()
     await eventually(lambda: len(handled) == 20, 20)
     await new.publish(20, topic)
     await eventually(lambda: len(handled) == 21)
     await new.stop()
-    assert handled[19:] == [("confluent", 0, 2), ("confluent", 20, 1)]
+    assert handled[19:] == [(other, 0, 2), (other, 20, 1)]
+
+
+async def test_notes_are_read_by_the_other_library_as_they_were_written(kafka: Any) -> None:
+    topic, gate = unique(), asyncio.Event()
+    broker = make(kafka)
+
+    @broker.subscriber(Topic(topic, 1), group_id=topic, auto_commit_interval_ms=20)
+    async def handler(body: int) -> None:
+        await gate.wait()
+
+    def notes() -> list[str]:
+        settings = {"bootstrap.servers": kafka.url, "group.id": topic}
+        with Consumer(settings) as consumer:
+            place = TopicPartition(topic, 0)
+            return [consumer.committed([place], timeout=5)[0].metadata or "" for _ in range(20)]
+
+    await broker.start()
+    try:
+        await broker.publish(1, topic)
+        # Of 24 characters: memory has no room for an end behind them that is there by luck.
+        await eventually(lambda: asyncio.to_thread(lambda: len(notes()[0]) == 24), 10)
+        found = await asyncio.to_thread(notes)
+        assert len(set(found)) == 1 and found[0].startswith("{") and found[0].endswith("}")
+    finally:
+        gate.set()
+        await broker.stop()
+
+
+async def test_a_group_that_does_not_tell_its_offsets_is_waited_for(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic, got = unique(), list[int]()
+
+    def member() -> KafkaBroker:
+        broker = make(kafka)
+
+        @broker.subscriber(topic, group_id=topic, auto_offset_reset="latest")
+        async def handler(body: int) -> None:
+            got.append(body)
+
+        return broker
+
+    first = member()
+    await first.start()
+    await first.publish(1, topic)
+    await eventually(lambda: got == [1])
+    await first.stop()
+    asked, real = list[int](), AIOKafkaAdminClient.list_consumer_group_offsets
+
+    async def loading(*args: Any, **options: Any) -> Any:
+        asked.append(1)
+        # What the library makes of an error of the whole group.
+        return {} if len(asked) < 5 else await real(*args, **options)
+
+    monkeypatch.setattr(AIOKafkaAdminClient, "list_consumer_group_offsets", loading)
+    second = member()
+    async with KafkaBroker(kafka.url) as other:
+        await other.publish(2, topic)
+    await second.start()
+    try:
+        await eventually(lambda: got == [1, 2])
+        await second.publish(3, topic)
+        await eventually(lambda: got == [1, 2, 3])
+    finally:
+        await second.stop()
+
+
+@pytest.mark.parametrize("name", ["getmany", "pause"])
+async def test_a_reader_that_breaks_is_no_silent_one(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    topic, got, failed = unique(), list[int](), list[bool]()
+    real = getattr(AIOKafkaConsumer, name)
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            raise LookupError("it went wrong")
+        return real(*args, **options)
+
+    monkeypatch.setattr(AIOKafkaConsumer, name, failing)
+    broker = make(kafka)
+
+    @broker.subscriber(topic, group_id=topic, session_timeout_ms=3000)
+    async def handler(body: int) -> None:
+        got.append(body)
+
+    await broker.start()
+    try:
+        await broker.publish(1, topic)
+        await eventually(lambda: got == [1], 20)
+    finally:
+        await broker.stop()
+    assert caplog.text.count("it went wrong") == 1
+
+
+async def test_what_the_cluster_refuses_holds_up_nothing_behind_it(kafka: Any) -> None:
+    topic, got = unique(), list[int]()
+    broker = make(kafka)
+
+    @broker.subscriber(Topic(topic, 1, config={"max.message.bytes": "2000"}), group_id=topic)
+    async def handler(body: list[Any]) -> None:
+        got.append(body[0])
+
+    async def publish(number: int, size: int) -> str:
+        try:
+            await broker.publish([number, "x" * size], topic)
+        except MessageTooLarge:
+            return "refused"
+        return "stored"
+
+    await broker.start()
+    try:
+        ends = [await publish(n, size) for n, size in enumerate((1, 5000, 1, 1, 5000, 1))]
+        assert ends == ["stored", "refused", "stored", "stored", "refused", "stored"]
+        sizes = [5000 if n % 7 == 0 else 1 for n in range(10, 110)]
+        ends = await asyncio.gather(*(publish(n, size) for n, size in enumerate(sizes, 10)))
+        stored = [n for n, end in enumerate(ends, 10) if end == "stored"]
+        # A large one takes those of its batch with it, and nothing else.
+        assert await publish(200, 1) == "stored"
+        await eventually(lambda: 200 in got)
+        assert got == [0, 2, 3, 5, *stored, 200]
+    finally:
+        await broker.stop()
+
+
+async def test_a_producer_that_failed_for_good_is_replaced(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic, made, real = unique(), list[Any](), AIOKafkaProducer.send
+
+    async def send(producer: Any, *args: Any, **options: Any) -> Any:
+        if producer not in made:
+            made.append(producer)
+        if producer is made[0]:  # what it says once its task has ended
+            raise AioError("Unexpected error during batch delivery")
+        return await real(producer, *args, **options)
+
+    monkeypatch.setattr(AIOKafkaProducer, "send", send)
+    async with make(kafka) as broker:
+        assert (await broker.publish(1, topic)).offset == 0
+        assert (await broker.publish(2, topic)).offset == 1
+    assert len(made) == 2
+
+
+async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(kafka: Any) -> None:
+    topic, got = unique(), list[int]()
+    broker = make(kafka, allow_auto_create_topics=False)
+    admin = AdminClient({"bootstrap.servers": kafka.url})
+
+    def make_it() -> None:
+        try:
+            admin.create_topics([NewTopic(topic, 1, 1)])[topic].result(5)
+        except KafkaException as error:  # the cluster, as a reader asked for it
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise
+
+    def renew() -> None:
+        admin.delete_topics([topic])[topic].result(5)
+        make_it()
+
+    @broker.subscriber(topic, group_id=topic, session_timeout_ms=3000)
+    async def handler(body: int) -> None:
+        got.append(body)
+
+    await asyncio.to_thread(make_it)
+    await broker.start()
+    try:
+        for n in range(20):
+            await broker.publish(n, topic)
+        await eventually(lambda: len(got) == 20)
+        await asyncio.to_thread(renew)
+        for n in range(20, 25):
+            await broker.publish(n, topic)
+        await eventually(lambda: len(got) == 25, 20)
+        assert got == list(range(25))
+    finally:
+        await broker.stop()
 
 
 async def test_batches_tombstones_and_seeking(kafka: Any) -> None:

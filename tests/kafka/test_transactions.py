@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Message, Producer, TopicPartition
 
 from millstream import AckPolicy, Batch, Millstream, Retry
 from millstream.errors import BatchFailed, Fenced, MessageTooLarge, SetupError, StateError
@@ -477,6 +477,38 @@ async def test_offsets_that_an_open_transaction_holds_are_waited_for(
     finally:
         await second.stop()
     assert sorted(map(int, read(kafka, out))) == list(range(200))
+
+
+async def test_a_member_with_the_other_library_goes_on_beside_an_open_transaction(
+    kafka: Any,
+) -> None:
+    topic, out, handled = unique(), unique(), Counter[int]()
+    first = work(kafka, topic, out, f"{topic}-one", "transaction_offsets:2")
+    await eventually(lambda: asyncio.to_thread(lambda: topic in topics(kafka)), 10)
+    fill(kafka, topic, range(200))
+    assert await asyncio.to_thread(first.wait, 20) == -signal.SIGKILL
+    second = KafkaBroker(kafka.url, client="aiokafka", metadata_max_age_ms=300)
+
+    @second.subscriber(Topic(topic, 2), group_id=topic, **QUICK)
+    async def handler(body: int) -> None:
+        handled[body] += 1
+
+    await second.start()
+    try:
+        # It knows nothing of the transaction, so that what is in it is done again; and no more.
+        kept = set(range(200)) - set(map(int, read(kafka, out)))
+        await eventually(lambda: kept <= handled.keys(), 20)
+    finally:
+        await second.stop()
+    assert set(handled.values()) == {1}
+
+    def told() -> bool:
+        try:
+            return offset(kafka, topic, topic) == 200
+        except KafkaException:  # the transaction is open still
+            return False
+
+    await eventually(lambda: asyncio.to_thread(told), 30)  # its end undoes nothing
 
 
 def test_a_stopped_process_that_wakes_up_adds_nothing(kafka: Any) -> None:

@@ -1,10 +1,10 @@
-"""Kafka: a consumer group, by the classic protocol and by the one of KIP-848."""
+"""Kafka: a consumer group, by the classic protocol and by the one of KIP-848, and with aiokafka."""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, TopicPartition
@@ -38,7 +38,12 @@ class KafkaGroup(Source):
     max_message = 1_048_576
     nobody = RequestTimeout
     forbids = ("fetch", "acknowledge")
+    client: ClassVar[Literal["confluent", "aiokafka"]] = "confluent"
     denied = "AUTHORIZATION_FAILED|[Aa]uthorization failed"
+
+    def __init__(self) -> None:
+        #: Asks the cluster, by its address; whichever library the broker under test has.
+        self._admins: dict[str, Any] = {}
 
     def server(self, setup: Setup) -> KafkaServer:
         settings = {
@@ -73,6 +78,7 @@ class KafkaGroup(Source):
         user, _, address = setup.url.rpartition("@")
         return KafkaBroker(
             address,
+            client=self.client,
             security=SASLPlaintext(user, "pw") if user else None,
             graceful_timeout=setup.grace,
             publish_timeout=setup.publish_timeout,
@@ -101,11 +107,11 @@ class KafkaGroup(Source):
         topic, group = self.address(setup), f"{setup.name}-workers"
         places = [TopicPartition(topic, n) for n in range(PARTITIONS)]
         asked = [ConsumerGroupTopicPartitions(group, places)]
-        [found] = (await _ask(broker, "list_consumer_group_offsets", asked)).values()
+        [found] = (await self._ask(broker, "list_consumer_group_offsets", asked)).values()
         done = {p.partition: p.offset for p in found.topic_partitions}
         beyond = sum(_beyond(p.metadata) for p in found.topic_partitions)
         first, last = [
-            await _ask(broker, "list_offsets", dict.fromkeys(places, edge))
+            await self._ask(broker, "list_offsets", dict.fromkeys(places, edge))
             for edge in (ADMIN.OffsetSpec.earliest(), ADMIN.OffsetSpec.latest())
         ]
         behind = [last[p].offset - max(done.get(p.partition, -1), first[p].offset) for p in places]
@@ -125,11 +131,11 @@ class KafkaGroup(Source):
         shutil.rmtree(server.data)
 
     async def delete_source(self, broker: Any, setup: Setup) -> None:
-        await _ask(broker, "delete_topics", [self.address(setup)])
+        await self._ask(broker, "delete_topics", [self.address(setup)])
 
     async def refuse_letters(self, broker: Any, setup: Setup) -> None:
         topic = ADMIN.NewTopic(f"{self.address(setup)}.dlq", 1, 1)
-        await _ask(broker, "create_topics", [topic])
+        await self._ask(broker, "create_topics", [topic])
         await self._limit(broker, setup, "1")
 
     async def take_letters(self, broker: Any, setup: Setup) -> None:
@@ -142,7 +148,22 @@ class KafkaGroup(Source):
         topic = ADMIN.ConfigResource(
             ADMIN.ResourceType.TOPIC, f"{self.address(setup)}.dlq", incremental_configs=[change]
         )
-        await _ask(broker, "incremental_alter_configs", [topic])
+        await self._ask(broker, "incremental_alter_configs", [topic])
+
+    async def _ask(self, broker: Any, method: str, *args: Any) -> dict[Any, Any]:
+        where = broker.driver.describe()
+        admin = self._admins.get(where)
+        if admin is None:
+            settings = {
+                "bootstrap.servers": where,
+                "reconnect.backoff.max.ms": 500,
+                # It asks a leader that is none any more for as long as it remembers it.
+                "topic.metadata.refresh.interval.ms": 1000,
+                "log_level": 0,
+            }
+            admin = self._admins[where] = ADMIN.AdminClient(settings)
+        futures = getattr(admin, method)(*args, request_timeout=3)
+        return {key: await asyncio.wrap_future(future) for key, future in futures.items()}
 
     def forbid(self, server: Any, what: str) -> None:
         admin = ADMIN.AdminClient({"bootstrap.servers": server.url})
@@ -178,15 +199,20 @@ class KafkaNext(KafkaGroup):
         }
 
 
+class KafkaAio(KafkaGroup):
+    """The classic group with the other client library, where all partitions move at a rebalance.
+
+    It has neither transactions nor KIP-848, so it takes part in no scenario of those.
+    """
+
+    name = "kafka-aiokafka"
+    client = "aiokafka"
+
+
 def _beyond(note: str | None) -> int:
     """How many messages behind a committed offset are done all the same, as its note says."""
     ranges = msgspec.json.decode(note).get("d", []) if note else []
     return sum(end - begin for begin, end in ranges)
-
-
-async def _ask(broker: Any, method: str, *args: Any) -> dict[Any, Any]:
-    futures = getattr(broker.driver.client._admin, method)(*args, request_timeout=3)
-    return {key: await asyncio.wrap_future(future) for key, future in futures.items()}
 
 
 def _stored(broker: Any, topic: str) -> list[Any]:
