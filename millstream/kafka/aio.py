@@ -27,11 +27,11 @@ from .client import ASK, Broken
 from .message import Record, RecordMetadata, Send
 from .offsets import Partition, Place, mark
 from .options import Topic
-from .reader import LEAVE, TURN
+from .plan import LEAVE, TURN
 
 if TYPE_CHECKING:
     from .aio_reader import AioReader
-    from .reader import Owner, Plan
+    from .plan import Owner, Plan
 
 log = logging.getLogger("millstream.kafka")
 # What it says of each attempt to connect and each rebalance, the engine says once.

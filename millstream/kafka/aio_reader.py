@@ -23,7 +23,7 @@ from .aio import AioClient, broken, noted, quietly, suited
 from .client import MOST, Broken
 from .offsets import Commit, Place, Start
 from .options import KafkaSubscription
-from .reader import LEAVE, STILL, TURN, Owner, Plan
+from .plan import LEAVE, STILL, TURN, Owner, Plan
 
 log = logging.getLogger("millstream.kafka")
 #: Milliseconds that a member may read nothing: for ever, as its handlers may take any time.

@@ -33,7 +33,8 @@ from .offsets import Commit, Partition, Place, bundles, records
 from .options import Topic
 
 if TYPE_CHECKING:
-    from .reader import Owner, Plan, Reader
+    from .plan import Owner, Plan
+    from .reader import Reader
 
 _admin: Any = _administration
 AdminClient, NewTopic, OffsetSpec = _admin.AdminClient, _admin.NewTopic, _admin.OffsetSpec

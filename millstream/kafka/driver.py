@@ -34,7 +34,7 @@ from .options import (
     Topic,
     TopicPartition,
 )
-from .reader import Plan
+from .plan import Plan
 from .retries import Retries, names, topics
 from .transactions import Transactional, TransactionalFlow
 from .transactor import Transactor

@@ -18,7 +18,7 @@ from ..message import new_id
 from .client import Broken
 from .message import Record
 from .offsets import Commit, Partition, Place, Start
-from .reader import Plan
+from .plan import Plan
 
 if TYPE_CHECKING:
     from .driver import KafkaDriver

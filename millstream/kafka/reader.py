@@ -6,15 +6,13 @@ import asyncio
 import functools
 import logging
 import math
-import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
-import msgspec
 from confluent_kafka import (
     OFFSET_BEGINNING,
     OFFSET_END,
@@ -26,19 +24,12 @@ from confluent_kafka import (
 
 from .client import ASK, MOST, Broken, Client, OffsetSpec, broken, partitions
 from .offsets import Commit, Place, Start
-from .options import KafkaSubscription
+from .plan import LEAVE, STILL, TURN, Owner, Plan
 
 log = logging.getLogger("millstream.kafka")
 
-#: Seconds that the reader waits for something new before it looks at what else is to be done.
-TURN = 0.1
 #: Seconds for which a full reader waits for room before it pauses at the client.
 STALL = 0.5
-#: Seconds after which the group may take one who stood still for gone. A commit of all offsets is
-#: the price of a false alarm, and the least that a broker allows for a session is 6 seconds.
-STILL = 1.0
-#: Seconds for which a last commit is tried while the group is being shared out anew.
-LEAVE = 2.0
 _SHARING = {
     KafkaError.REBALANCE_IN_PROGRESS,
     KafkaError.ILLEGAL_GENERATION,
@@ -76,62 +67,6 @@ _OPTIONS = {
     "max_partition_fetch_bytes": "max.partition.fetch.bytes",
     "check_crcs": "check.crcs",
 }
-
-
-class Plan(msgspec.Struct, frozen=True):
-    """How one reader reads.
-
-    Fields:
-        spec: the subscription.
-        topics: names, or one regular expression that begins with ``^``.
-        group: the consumer group.
-        begin: ``earliest`` or ``latest``.
-        partitions: exactly these, with where to begin.
-        refresh: seconds between two looks for new topics and partitions.
-        without: topics that the regular expression takes and that are not read.
-    """
-
-    spec: KafkaSubscription
-    topics: list[str]
-    group: str | None
-    begin: str
-    partitions: Sequence[tuple[Place, int]] = ()
-    refresh: float = 30.0
-    without: Sequence[str] = ()
-
-    def wants(self, name: str) -> bool:
-        """Whether a topic is among those that are read."""
-        if self.topics[0].startswith("^"):
-            hidden = name.startswith("__") or name in self.without
-            return not hidden and re.match(self.topics[0], name) is not None
-        return name in self.topics
-
-
-class Owner(Protocol):
-    """Who uses a reader."""
-
-    def arrived(self, messages: list[Any]) -> None:
-        """Messages of any partitions, in the order of each; no more come before ``hold``."""
-
-    async def gained(self, starts: Sequence[Start]) -> list[Start]:
-        """These partitions are ours from now on; where to begin to read them."""
-        ...
-
-    async def losing(self, places: Sequence[Place], *, gone: bool) -> list[Commit]:
-        """These partitions go to somebody else; what to commit before they do.
-
-        ``gone`` says that they are gone already, and nothing can be committed.
-        """
-        ...
-
-    def failed(self, error: Broken) -> None:
-        """The reader reports an error; a fatal one is its end."""
-
-    def moved(self, start: Start) -> None:
-        """What arrives of a partition from now on begins there."""
-
-    def fence(self, places: Sequence[Place]) -> None:
-        """These partitions are gone while we were stuck; called in any thread."""
 
 
 class Reader:

@@ -25,7 +25,7 @@ from .client import Broken, Client
 from .flow import Flow
 from .message import Record
 from .offsets import Commit, Partition, Place
-from .reader import Plan
+from .plan import Plan
 from .transactor import Refused, Transactor
 from .units import Taking, TransactionalPartition, Unit, gone, publishing_into, take
 
