@@ -44,6 +44,9 @@ WAITING = 100_000
 _Waiting: TypeAlias = tuple[int, asyncio.Future[RecordMetadata], dict[str, Any]]
 #: What a message is refused with only because one before it was.
 _BEHIND = (_errors.OutOfOrderSequenceNumber, _errors.UnknownProducerId)
+#: What a question may end with. The library does not find the connection, where that was renewed
+#: while it waited for an answer.
+_UNANSWERED = (_errors.KafkaError, OSError, LookupError)
 #: What a single connection is made with.
 _GREETING = {
     *("client_id", "request_timeout_ms", "ssl_context", "security_protocol", "sasl_mechanism"),
@@ -279,7 +282,7 @@ class AioClient:
         """What the library answers; :class:`Broken` if it cannot."""
         try:
             return await question
-        except (_errors.KafkaError, OSError) as error:
+        except _UNANSWERED as error:
             raise broken(error) from error
 
     # Publishing
@@ -473,7 +476,7 @@ class AioClient:
                     break
                 # The library leaves out why: an error of the whole group.
                 raise _errors.GroupLoadInProgressError("the group does not tell its offsets")
-            except (_errors.KafkaError, OSError) as error:
+            except _UNANSWERED as error:
                 passing = getattr(error, "retriable", True) or getattr(error, "errno", 0) == 15
                 if not passing or time.monotonic() > end:
                     raise broken(error) from error

@@ -135,6 +135,7 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
                 await self._lose(consumer, mine)
         finally:
             await quietly(consumer.stop())
+            await quietly(consumer._client.close())  # one that fails leaves it open
 
     def hold(self, full: bool) -> None:
         """Read nothing for now, but stay in the group; or go on."""
@@ -195,6 +196,10 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
             try:
                 if now > self._looked + self.plan.refresh:
                     await self._look()
+                if (reading := consumer._fetcher.error_future).done():  # it would say nothing
+                    error = reading.exception()
+                    reason = (error.__cause__ or error) if error is not None else "it has ended"
+                    raise Broken(f"the library reads no more: {reason!r}", "", True)
                 if not consumer.assignment():
                     consumer._coordinator.check_errors()  # nothing public does only that
                     await asyncio.sleep(TURN)
@@ -217,7 +222,7 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
                 problem = error if isinstance(error, Broken) else broken(error)
                 # One without a kind has ended the library's work for the group.
                 passing = isinstance(error, (_errors.KafkaError, OSError, Broken))
-                problem.fatal = not passing or type(error) is _errors.KafkaError
+                problem.fatal |= not passing or type(error) is _errors.KafkaError
                 log.debug("%s: %s", self.plan.spec.destination, problem, exc_info=not passing)
                 self.owner.failed(problem)
                 await asyncio.sleep(TURN)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.errors import ConsumerStoppedError
 from aiokafka.errors import KafkaError as AioError
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
@@ -169,12 +170,25 @@ async def test_a_group_that_does_not_tell_its_offsets_is_waited_for(
         await second.stop()
 
 
-@pytest.mark.parametrize("name", ["getmany", "pause"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (AIOKafkaConsumer, "getmany"),
+        (AIOKafkaConsumer, "pause"),
+        # In a task of its own, which nobody looks at: its reader would go on with nothing.
+        (Fetcher, "_proc_fetch_request"),
+    ],
+    ids=["reading", "beginning", "fetching"],
+)
 async def test_a_reader_that_breaks_is_no_silent_one(
-    kafka: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+    kafka: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: type,
+    name: str,
 ) -> None:
     topic, got, failed = unique(), list[int](), list[bool]()
-    real = getattr(AIOKafkaConsumer, name)
+    real = getattr(kind, name)
 
     def failing(*args: Any, **options: Any) -> Any:
         if not failed:
@@ -182,7 +196,7 @@ async def test_a_reader_that_breaks_is_no_silent_one(
             raise LookupError("it went wrong")
         return real(*args, **options)
 
-    monkeypatch.setattr(AIOKafkaConsumer, name, failing)
+    monkeypatch.setattr(kind, name, failing)
     broker = make(kafka)
 
     @broker.subscriber(topic, group_id=topic, session_timeout_ms=3000)
