@@ -27,7 +27,7 @@ async def hold_nothing(bench: Bench, address: str, done: Counter[str]) -> None:
         await bench.within(asyncio.gather(*sent))
         done["sent"] += ROUND
         await bench.until(lambda: done["handled"] == done["sent"], 30)
-        await bench.quiet()
+        await bench.quiet(0.05)
 
     await bench.start()
     await some()
