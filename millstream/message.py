@@ -249,7 +249,8 @@ def decode_message(message: Message[Any]) -> Any:
 
 
 # Under the names of other frameworks.
-StreamMessage, AckStatus = Message, Settlement
+StreamMessage = Message
+AckStatus = Settlement
 
 _marked = operator.attrgetter("marked")
 

@@ -104,6 +104,8 @@ class NatsDriver(BaseDriver):
         #: Why the connection broke last.
         self.reason = ""
         self._id = secrets.token_hex(4)
+        #: Round trips that are on their way.
+        self._flushing: set[asyncio.Task[Any]] = set()
         #: Names of consumers that end with this process, by the subscription's identity.
         self._ephemeral: dict[int, tuple[NatsSubscription, str]] = {}
 
@@ -181,10 +183,12 @@ class NatsDriver(BaseDriver):
     async def flush(self, timeout: float) -> bool:
         """Whether the server confirms within ``timeout`` seconds to have got everything so far.
 
-        The round trip itself is never cancelled: a late answer to one that was would end
-        nats-py's reader without a word.
+        The round trip itself is not cancelled as long as its connection is there: a late answer to
+        one that was would end nats-py's reader without a word.
         """
         flushing = self.spawn(self.client.flush(PATIENT))
+        self._flushing.add(flushing)
+        flushing.add_done_callback(self._flushing.discard)
         await asyncio.wait({flushing}, timeout=timeout)
         return flushing.done() and not flushing.cancelled() and flushing.exception() is None
 
@@ -209,6 +213,8 @@ class NatsDriver(BaseDriver):
         if self._opening:
             return
         self.up.clear()
+        for flushing in self._flushing:  # nobody answers on that connection any more
+            flushing.cancel()
         # This runs inside of nats-py's task that reconnects.
         task = asyncio.current_task()
         if task is not None:
