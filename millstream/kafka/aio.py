@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka import errors as _errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
-from aiokafka.conn import create_conn
+from aiokafka.conn import AIOKafkaConnection, CloseReason, create_conn
 
 from ..errors import SetupError
 from ..security import tls_fault
@@ -37,6 +37,29 @@ log = logging.getLogger("millstream.kafka")
 # What it says of each attempt to connect and each rebalance, the engine says once.
 if logging.getLogger("aiokafka").level == logging.NOTSET:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+
+
+def _expected(send: Any) -> Any:
+    """A connection's method that raises what the library expects of one that has ended.
+
+    uvloop has a RuntimeError for that; whichever task of the library meets it ends for good.
+    """
+
+    @functools.wraps(send)
+    def sent(connection: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return send(connection, *args, **options)
+        except _errors.KafkaError:
+            raise
+        except RuntimeError as error:
+            connection.close(reason=CloseReason.CONNECTION_BROKEN)
+            raise _errors.KafkaConnectionError(f"the connection has ended: {error}") from error
+
+    return sent
+
+
+for _name in ("send", "_send_sasl_token"):
+    setattr(AIOKafkaConnection, _name, _expected(getattr(AIOKafkaConnection, _name)))
 
 #: Messages that wait for the producer; more are refused for the moment.
 WAITING = 100_000

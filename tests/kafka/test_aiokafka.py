@@ -261,6 +261,39 @@ async def test_a_producer_that_failed_for_good_is_replaced(
     assert len(made) == 2
 
 
+async def test_a_connection_that_has_ended_ends_nothing_else(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    topic, got, left = unique(), list[int](), [0]
+    real = asyncio.StreamWriter.write
+
+    def write(writer: asyncio.StreamWriter, data: bytes) -> None:
+        if left[0] and not writer.is_closing():
+            left[0] -= 1
+            writer.transport.abort()
+            raise RuntimeError("the handler is closed")  # as uvloop says it
+        real(writer, data)
+
+    monkeypatch.setattr(asyncio.StreamWriter, "write", write)
+    broker = make(kafka)
+
+    @broker.subscriber(topic, group_id=topic, heartbeat_interval_ms=100)
+    async def handler(body: int) -> None:
+        got.append(body)
+
+    await broker.start()
+    try:
+        for n in range(20):
+            left[0] = 5  # fetching, committing, publishing, asking for the cluster's layout
+            await broker.publish(n, topic)
+            await eventually(lambda n=n: n in got)
+        assert sorted(set(got)) == list(range(20))
+        assert "lost" not in caplog.text
+    finally:
+        left[0] = 0
+        await broker.stop()
+
+
 async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(kafka: Any) -> None:
     topic, got = unique(), list[int]()
     broker = make(kafka, allow_auto_create_topics=False)
