@@ -219,8 +219,6 @@ class TransactionalFlow(Flow):
                 self._dirty = True
                 return await self._aborted(error, taking)
             self._advance(taking)
-            for unit in taking.units:
-                unit.end()
             for commit in commits:
                 part = self.parts.get(Place(commit.topic, commit.partition))
                 if part is not None:  # not gone meanwhile
@@ -238,10 +236,12 @@ class TransactionalFlow(Flow):
     def _advance(self, taking: Taking) -> None:
         for part, count in taking.counts.items():
             part.advance(count)
-            if part.paused and len(part.open) < self.window // 2:
+            if part.paused and self._held(part.open) < self.window // 2:
                 part.paused = False
                 if not part.fenced:
                     self.reader.halt(part.place, False)
+        for unit in taking.units:
+            unit.end()
 
     async def _commit_plainly(self, taking: Taking) -> None:
         """Nothing is to be published: the group's own commit is cheaper."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 import subprocess
@@ -368,11 +369,13 @@ async def test_a_batch_that_loses_one_of_its_partitions_is_handled_anew(kafka: A
     assert sorted(map(int, read(kafka, out))) == list(range(20))
 
 
-@pytest.mark.parametrize("lists", [False, True], ids=["single", "lists"])
-async def test_nothing_is_kept_of_what_is_done(kafka: Any, lists: bool) -> None:
+@pytest.mark.parametrize("kind", ["single", "lists", "taken back"])
+async def test_nothing_is_kept_of_what_is_done(kafka: Any, kind: str, caplog: Any) -> None:
+    caplog.set_level(logging.CRITICAL, "millstream")  # the test runner keeps what is logged
     topic, out = unique(), unique()
     broker = make(kafka, topic)
-    if lists:
+    retry = Retry(attempts=2, delay=0, where="lane")
+    if kind == "lists":
 
         @broker.subscriber(topic, group_id=topic, batch=Batch(100, 0.05))
         async def of_many(bodies: list[int]) -> None:
@@ -380,10 +383,12 @@ async def test_nothing_is_kept_of_what_is_done(kafka: Any, lists: bool) -> None:
 
     else:
 
-        @broker.subscriber(topic, group_id=topic, concurrency=10)
-        @broker.publisher(out)
-        async def handler(body: int) -> int:
-            return body
+        @broker.subscriber(topic, group_id=topic, concurrency=10, retry=retry)
+        async def handler(body: int, message: KafkaMessage) -> None:
+            if message.attempt == 1:
+                await broker.publish(body, out)
+                if kind == "taken back":
+                    raise ValueError("this is not to be published")
 
     await broker.start()
     try:
