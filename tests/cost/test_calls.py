@@ -177,6 +177,7 @@ def count(work: Callable[[], Coroutine[Any, Any, Any]]) -> dict[str, int]:
         elif event == "c_call":
             counts["c"] += 1
 
+    gc.disable()  # a collection would call the finalizers of what ran before
     sys.setprofile(profile)
     try:
         work().send(None)
@@ -184,6 +185,7 @@ def count(work: Callable[[], Coroutine[Any, Any, Any]]) -> dict[str, int]:
         pass
     finally:
         sys.setprofile(None)
+        gc.enable()
     # `send` itself and the `setprofile` that ends the counting.
     counts["c"] -= 2
     return counts
