@@ -13,8 +13,8 @@ import inspect
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka import errors as _errors
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .aio_reader import AioReader
     from .plan import Owner, Plan
 
+T = TypeVar("T")
 log = logging.getLogger("millstream.kafka")
 # What it says of each attempt to connect and each rebalance, the engine says once.
 if logging.getLogger("aiokafka").level == logging.NOTSET:
@@ -308,6 +309,19 @@ class AioClient:
         except _UNANSWERED as error:
             raise broken(error) from error
 
+    async def patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Ask again, for a few seconds, where a connection goes or a node is on its way."""
+        end = time.monotonic() + ASK
+        while True:
+            try:
+                return await ask()
+            except Broken as error:
+                cause = error.__cause__
+                gone = isinstance(cause, OSError | LookupError) or _passes(cause)
+                if not gone or time.monotonic() > end:
+                    raise
+            await asyncio.sleep(TURN)
+
     # Publishing
 
     def send(self, send: Send) -> asyncio.Future[RecordMetadata]:
@@ -420,7 +434,13 @@ class AioClient:
 
     async def make(self, topics: Sequence[Topic]) -> list[str]:
         """Make topics that are not there; the names of those that were made."""
+        unsure: set[str] = set()
+        return await self.patiently(lambda: self._make(topics, unsure))
+
+    async def _make(self, topics: Sequence[Topic], unsure: set[str]) -> list[str]:
+        """``unsure`` are those that were asked for before, without an answer."""
         known = await self.layout([t.name for t in topics])
+        made, before = [name for name in known if name in unsure], set(unsure)
         new = [
             # The empty assignment says that the broker's defaults are wanted.
             NewTopic(t.name, t.num_partitions or -1, t.replication_factor or -1, {}, t.config or {})
@@ -430,11 +450,11 @@ class AioClient:
             if t.name not in known
         ]
         if not new:
-            return []
+            return made
+        unsure |= {t.name for t in new}
         answer = await self.asked(self._need().create_topics(new, timeout_ms=int(ASK * 1000)))
-        made: list[str] = []
         for name, number, text in answer.topic_errors:
-            if number == 0:
+            if number == 0 or (number == _errors.TopicAlreadyExistsError.errno and name in before):
                 made.append(name)
             elif number != _errors.TopicAlreadyExistsError.errno:
                 kind = _errors.for_code(number)
@@ -548,5 +568,5 @@ def _expire(future: asyncio.Future[RecordMetadata]) -> None:
         future.set_exception(Broken("no confirmation in time", "_MSG_TIMED_OUT"))
 
 
-def _passes(error: BaseException) -> bool:
+def _passes(error: BaseException | None) -> bool:
     return bool(getattr(error, "retriable", False))

@@ -97,11 +97,10 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def start(self) -> None:
         plan = self.plan
-        self._consumer = AIOKafkaConsumer(**self._settings)
-        await self.client.asked(self._consumer.start())
+        self._consumer = await self.client.patiently(self._open)
         self._looked = time.monotonic()
         if plan.partitions or plan.group is None:
-            await self._take(True)
+            await self.client.patiently(lambda: self._take(True))
         else:
             if any(topic.startswith("^") for topic in plan.topics):
                 some = [t if t.startswith("^") else f"^{re.escape(t)}$" for t in plan.topics]
@@ -112,6 +111,15 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
                 self._consumer.subscribe(plan.topics, listener=self)
             self.trust()
         self._task = asyncio.get_running_loop().create_task(self._live())
+
+    async def _open(self) -> Any:
+        consumer = AIOKafkaConsumer(**self._settings)
+        try:
+            await self.client.asked(consumer.start())
+        except BaseException:
+            await self._stop(consumer)
+            raise
+        return consumer
 
     async def close(self) -> None:
         """Leave the group, after a last commit."""
@@ -134,8 +142,11 @@ class AioReader(ConsumerRebalanceListener):  # type: ignore[misc]
             if self.plan.group is not None and (mine := consumer.assignment()):
                 await self._lose(consumer, mine)
         finally:
-            await quietly(consumer.stop())
-            await quietly(consumer._client.close())  # one that fails leaves it open
+            await self._stop(consumer)
+
+    async def _stop(self, consumer: Any) -> None:
+        await quietly(consumer.stop())
+        await quietly(consumer._client.close())  # a stop that fails leaves it open
 
     def hold(self, full: bool) -> None:
         """Read nothing for now, but stay in the group; or go on."""

@@ -10,7 +10,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.consumer.fetcher import Fetcher
-from aiokafka.errors import ConsumerStoppedError
+from aiokafka.errors import ConsumerStoppedError, KafkaConnectionError
 from aiokafka.errors import KafkaError as AioError
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
@@ -259,6 +259,37 @@ async def test_a_producer_that_failed_for_good_is_replaced(
         assert (await broker.publish(1, topic)).offset == 0
         assert (await broker.publish(2, topic)).offset == 1
     assert len(made) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(AIOKafkaAdminClient, "create_topics"), (AIOKafkaConsumer, "start")]
+)
+async def test_a_connection_that_goes_during_a_start_is_no_end_of_it(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch, kind: type, name: str
+) -> None:
+    topic, got, asked = unique(), list[int](), list[bool]()
+    broker, real = make(kafka), getattr(kind, name)
+
+    async def failing(*args: Any, **options: Any) -> Any:
+        asked.append(True)
+        answer = await real(*args, **options)
+        if len(asked) == 1:
+            raise KafkaConnectionError("it went before the answer came")
+        return answer
+
+    @broker.subscriber(topic, group_id=topic)
+    async def handler(body: int) -> None:
+        got.append(body)
+
+    await broker.connect()
+    monkeypatch.setattr(kind, name, failing)
+    await broker.start()
+    try:
+        await broker.publish(1, topic)
+        await eventually(lambda: got == [1])
+        assert asked
+    finally:
+        await broker.stop()
 
 
 async def test_a_connection_that_has_ended_ends_nothing_else(
