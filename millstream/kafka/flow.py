@@ -81,6 +81,8 @@ class Flow:
         bundling = self.bundles and driver.client.bundles is not None
         if isinstance(spec.batch, Batch) and self.settles and bundling:
             self.bundle = spec.batch.size
+        #: The topic of all messages, where there is but one.
+        self._only = plan.topics[0] if len(plan.topics) == 1 and not spec.wild else None
         self.reader = driver.client.reader(plan, self)
         self._full = False
         self._given: Record | None = None
@@ -139,7 +141,7 @@ class Flow:
             return
         client = self.driver.client
         if self.bundle and client.bundles is not None:
-            self.buffer.extend(client.bundles(messages, self.parts, self.bundle))
+            self.buffer.extend(client.bundles(messages, self.parts, self.bundle, self._only))
         else:
             self.buffer.extend(client.records(messages, self.parts))
         for part in self.parts.values():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -279,6 +279,7 @@ class Partition:
 
 
 _topic, _number = operator.methodcaller("topic"), operator.methodcaller("partition")
+_headers = operator.methodcaller("headers")
 
 
 def _ours(pairs: Any) -> bool:
@@ -316,15 +317,21 @@ def records(messages: list[Any], parts: Mapping[Any, Partition]) -> list[Record]
     return found
 
 
-def bundles(messages: list[Any], parts: Mapping[Any, Partition], size: int) -> list[Record]:
-    """The same, in bundles of up to ``size`` where there is nothing to know of each."""
+def bundles(
+    messages: list[Any], parts: Mapping[Any, Partition], size: int, only: str | None = None
+) -> list[Record]:
+    """The same, in bundles of up to ``size`` where there is nothing to know of each.
+
+    ``only`` is the topic of all of them, where there is but one.
+    """
     found: list[Record] = []
-    for topic, same in itertools.groupby(messages, _topic):
+    named: Iterable[tuple[str, Iterable[Any]]] = [(only, messages)] if only else ()
+    for topic, same in named or itertools.groupby(messages, _topic):
         for number, run in itertools.groupby(same, _number):
             part, many = parts.get((topic, number)), list(run)
             if part is None:
                 continue
-            headers = [message.headers() for message in many]
+            headers = list(map(_headers, many))
             if (
                 not part.plain
                 or many[0].offset() < part.next

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 import math
+import operator
 import threading
 import time
 from collections import deque
@@ -67,6 +68,9 @@ _OPTIONS = {
     "max_partition_fetch_bytes": "max.partition.fetch.bytes",
     "check_crcs": "check.crcs",
 }
+
+
+_error = operator.methodcaller("error")
 
 
 class Reader:
@@ -274,7 +278,7 @@ class Reader:
         if first is None:
             return False
         batch = [first, *self._consumer.consume(self._most - 1, 0)] if self._most > 1 else [first]
-        for message in [m for m in batch if m.error() is not None]:
+        for message in [*filter(_error, batch)]:
             batch.remove(message)
             problem = broken(message.error())
             if message.error().code() in _PASSING:
