@@ -10,7 +10,7 @@ from typing import Any, Self, Unpack, cast
 
 import msgspec
 
-from .checks import caller, known_options, not_taken
+from .checks import caller, check_type, known_options, not_taken, plain
 from .clock import Clock, LoopClock
 from .connection import Connection
 from .context import ContextRepo
@@ -94,6 +94,10 @@ TIMEOUTS = {
 }
 
 
+#: Options whose values are checked with advice of their own.
+_CHECKED = {*TIMEOUTS, "retry"}
+
+
 def split_options(
     options: Mapping[str, Any], kind: type, owner: str
 ) -> tuple[dict[str, Any], BrokerOptions]:
@@ -104,38 +108,15 @@ def split_options(
     """
     known_options(options, kind, owner)
     for name, value in options.items():
-        # Where a value is None the default is meant; the timeouts have a check of their own.
-        if value is not None and name not in TIMEOUTS:
-            _check_plain(owner, name, value, kind.__annotations__[name])
+        # Where a value is None the default is meant; timeouts and retry have checks of their own,
+        # and what is None alone is refused by its broker, with its own advice.
+        wanted = plain(kind.__annotations__[name])
+        if value is not None and name not in _CHECKED and set(wanted) - {type(None)}:
+            check_type(owner, name, value, wanted)
     own = dict(options)
     common = {key: own.pop(key) for key in BrokerOptions.__annotations__ if key in own}
     own["publish_timeout"] = common.get("publish_timeout", TIMEOUTS["publish_timeout"])
     return own, cast(BrokerOptions, common)
-
-
-#: The types that can be told from how an annotation is written.
-_PLAIN: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "bool": (bool,),
-    "int": (int,),
-    "float": (int, float),
-    "None": (type(None),),
-}
-
-
-def _check_plain(owner: str, name: str, value: Any, annotation: Any) -> None:
-    """Raise a SetupError for a value that is not of its option's type, where that is plain."""
-    text = str(getattr(annotation, "__forward_arg__", annotation))
-    names = text.split(" | ")
-    if names == ["None"] or not all(name in _PLAIN for name in names):
-        return  # what is None alone is refused by its broker, with its own advice
-    wanted = [kind for name in names for kind in _PLAIN[name]]
-    if not isinstance(value, tuple(wanted)) or (isinstance(value, bool) and bool not in wanted):
-        raise SetupError(
-            f"{owner}: {name}={value!r} is {type(value).__name__}, not {' or '.join(names)}",
-            code="MS121",
-            where=caller(),
-        )
 
 
 class Broker(Endpoints):

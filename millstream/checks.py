@@ -62,41 +62,50 @@ INSTEAD = {
 def check_types(spec: Any, name: str) -> None:
     """Raise a :class:`SetupError` for a field that is not of its plain type."""
     for field, wanted in _plain_fields(type(spec)):
-        value = getattr(spec, field)
-        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-            expected = " or ".join("None" if k is type(None) else k.__name__ for k in wanted)
-            raise SetupError(
-                f"{name}: {field}={value!r} is {type(value).__name__}, not {expected}",
-                code="MS121",
-                where=caller(),
-            )
+        check_type(name, field, getattr(spec, field), wanted)
 
 
-_checked: dict[type, list[tuple[str, Any]]] = {}
-_PLAIN: dict[str, type] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "bytes": bytes,
-    "None": type(None),
-    "Retry": Retry,
+def check_type(owner: str, name: str, value: Any, wanted: tuple[type, ...]) -> None:
+    """Raise a :class:`SetupError` for a value that is of none of some plain types."""
+    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+        expected = " or ".join("None" if k is type(None) else k.__name__ for k in wanted)
+        raise SetupError(
+            f"{owner}: {name}={value!r} is {type(value).__name__}, not {expected}",
+            code="MS121",
+            where=caller(),
+        )
+
+
+_checked: dict[type, list[tuple[str, tuple[type, ...]]]] = {}
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+    "bytes": (bytes,),
+    "None": (type(None),),
+    "Retry": (Retry,),
 }
 
 
-def _plain_fields(spec: type) -> list[tuple[str, Any]]:
+def plain(annotation: Any) -> tuple[type, ...]:
+    """The types that an annotation allows, if its text says it all; none otherwise."""
+    names = str(getattr(annotation, "__forward_arg__", annotation)).split(" | ")
+    if not all(name in _PLAIN for name in names):
+        return ()
+    return tuple(dict.fromkeys(kind for name in names for kind in _PLAIN[name]))
+
+
+def _plain_fields(spec: type) -> list[tuple[str, tuple[type, ...]]]:
     """The fields whose annotations are plain enough for ``isinstance``."""
     if spec not in _checked:
         annotations: dict[str, Any] = {}
         for kind in reversed(spec.__mro__):
             annotations.update(vars(kind).get("__annotations__", {}))
-        fields: list[tuple[str, Any]] = []
-        for field in getattr(spec, "__struct_fields__", ()):
-            names = str(annotations.get(field, "")).split(" | ")
-            if all(name in _PLAIN for name in names):
-                kinds = tuple(_PLAIN[name] for name in names)
-                fields.append((field, (*kinds, int) if float in kinds else kinds))
-        _checked[spec] = fields
+        fields = (
+            (f, plain(annotations.get(f, ""))) for f in getattr(spec, "__struct_fields__", ())
+        )
+        _checked[spec] = [(field, wanted) for field, wanted in fields if wanted]
     return _checked[spec]
 
 
